@@ -1,0 +1,92 @@
+// The only file that knows Python. Addresses, lengths and scalars come in, checked by
+// zo_kernels/ops.py; torch is not needed to build or load this module.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using zo::Job;
+using zo::Task;
+
+void combine(const std::string& isa, const std::vector<uint64_t>& dst,
+             const std::vector<uint64_t>& src, const std::vector<uint64_t>& numel,
+             const std::vector<uint64_t>& offset, const std::vector<uint32_t>& stream,
+             const std::vector<uint32_t>& direction, const std::vector<float>& scale,
+             float src_scale, uint64_t seed, int src_dtype, int dst_dtype, bool stochastic,
+             int threads) {
+  const size_t tensors = dst.size();
+  if (src.size() != tensors || numel.size() != tensors || offset.size() != tensors ||
+      stream.size() != tensors || scale.size() != tensors * direction.size())
+    throw std::invalid_argument("combine: lists of different lengths");
+  if (src_dtype < 0 || src_dtype >= zo::DTYPES || dst_dtype < 0 || dst_dtype >= zo::DTYPES)
+    throw std::invalid_argument("combine: unknown dtype code");
+  const zo::Kernel kernel =
+      zo::kernels_named(isa).combine[src_dtype].at[dst_dtype][stochastic ? 1 : 0];
+  std::vector<Task> tasks;
+  tasks.reserve(tensors);
+  for (size_t t = 0; t < tensors; ++t) {
+    const Job job = {reinterpret_cast<const void*>(src[t]),
+                     reinterpret_cast<void*>(dst[t]),
+                     offset[t],
+                     offset[t] + numel[t],
+                     seed,
+                     stream[t],
+                     static_cast<int>(direction.size()),
+                     direction.data(),
+                     scale.data() + t * direction.size(),
+                     src_scale};
+    tasks.push_back({kernel, job, zo::itemsize(src_dtype), zo::itemsize(dst_dtype)});
+  }
+  const py::gil_scoped_release release;
+  zo::run(tasks, threads);
+}
+
+void emit(zo::Kernel kernel, uint64_t dst, uint64_t count, uint64_t offset, uint64_t seed,
+          uint32_t direction, uint32_t stream, int threads) {
+  const Job job = {nullptr, reinterpret_cast<void*>(dst), offset,     offset + count, seed,
+                   stream,  1,                            &direction, nullptr,        1.0f};
+  const py::gil_scoped_release release;
+  zo::run({{kernel, job, 0, 4}}, threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of zo_kernels; use them through zo_kernels.ops.";
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (const zo::Kernels* kernels : zo::available_kernels()) names.emplace_back(kernels->isa);
+    return names;
+  });
+  m.def("combine", &combine, py::arg("isa"), py::arg("dst"), py::arg("src"), py::arg("numel"),
+        py::arg("offset"), py::arg("stream"), py::arg("direction"), py::arg("scale"),
+        py::arg("src_scale"), py::arg("seed"), py::arg("src_dtype"), py::arg("dst_dtype"),
+        py::arg("stochastic"), py::arg("threads"));
+  m.def(
+      "normal",
+      [](const std::string& isa, uint64_t dst, uint64_t count, uint64_t offset, uint64_t seed,
+         uint32_t direction, uint32_t stream, int threads) {
+        emit(zo::kernels_named(isa).normal, dst, count, offset, seed, direction, stream, threads);
+      },
+      py::arg("isa"), py::arg("dst"), py::arg("count"), py::arg("offset"), py::arg("seed"),
+      py::arg("direction"), py::arg("stream"), py::arg("threads"));
+  m.def(
+      "random_words",
+      [](const std::string& isa, uint64_t dst, uint64_t count, uint64_t offset, uint64_t seed,
+         uint32_t direction, uint32_t stream, int threads) {
+        emit(zo::kernels_named(isa).random_words, dst, count, offset, seed, direction, stream,
+             threads);
+      },
+      py::arg("isa"), py::arg("dst"), py::arg("count"), py::arg("offset"), py::arg("seed"),
+      py::arg("direction"), py::arg("stream"), py::arg("threads"));
+}

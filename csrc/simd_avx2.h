@@ -1,0 +1,110 @@
+// SIMD wrapper, AVX2 + FMA + F16C: 8 lanes. Names as in simd_scalar.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+constexpr int W = 8;
+using VF = __m256;
+using VI = __m256i;
+// Even and odd 32-bit lanes, each in the low half of a 64-bit lane; vpmuludq ignores the rest.
+struct Wide {
+  __m256i even, odd;
+};
+
+inline VF splat(float x) { return _mm256_set1_ps(x); }
+inline VI splat(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+inline VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
+inline VF mul(VF a, VF b) { return _mm256_mul_ps(a, b); }
+inline VF sub(VF a, VF b) { return _mm256_sub_ps(a, b); }
+inline VI add(VI a, VI b) { return _mm256_add_epi32(a, b); }
+inline VI sub(VI a, VI b) { return _mm256_sub_epi32(a, b); }
+inline VI and_(VI a, VI b) { return _mm256_and_si256(a, b); }
+inline VI or_(VI a, VI b) { return _mm256_or_si256(a, b); }
+template <int N>
+inline VI sll(VI a) {
+  return _mm256_slli_epi32(a, N);
+}
+template <int N>
+inline VI srl(VI a) {
+  return _mm256_srli_epi32(a, N);
+}
+inline VF to_float(VI a) { return _mm256_cvtepi32_ps(a); }
+inline VI bits(VF a) { return _mm256_castps_si256(a); }
+inline VF from_bits(VI a) { return _mm256_castsi256_ps(a); }
+inline VF flip_sign(VF a, VI b) {
+  return _mm256_xor_ps(a, from_bits(and_(b, splat(0x80000000u))));
+}
+inline VI select_nan(VF v, VI if_nan, VI otherwise) {
+  return _mm256_blendv_epi8(otherwise, if_nan, bits(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+}
+inline VI select_less(VI a, VI b, VI yes, VI no) {
+  return _mm256_blendv_epi8(no, yes, _mm256_cmpgt_epi32(b, a));
+}
+
+// 32-bit lane 4 L + s (s < 4) holds counter base + 2 s + L, so that the in-lane 4x4 transpose of
+// the four words gives element order.
+inline Wide wide_counters(uint32_t base) {
+  const __m256i b = _mm256_set1_epi64x(base);
+  return {_mm256_or_si256(b, _mm256_setr_epi64x(0, 4, 1, 5)),
+          _mm256_or_si256(b, _mm256_setr_epi64x(2, 6, 3, 7))};
+}
+inline Wide wide_mul(Wide a, uint32_t m) {
+  const __m256i v = _mm256_set1_epi64x(m);
+  return {_mm256_mul_epu32(a.even, v), _mm256_mul_epu32(a.odd, v)};
+}
+inline Wide wide_hi(Wide a) {
+  return {_mm256_srli_epi64(a.even, 32), _mm256_srli_epi64(a.odd, 32)};
+}
+inline Wide wide_xor(Wide a, uint64_t b) {
+  const __m256i v = _mm256_set1_epi64x(static_cast<int64_t>(b));
+  return {_mm256_xor_si256(a.even, v), _mm256_xor_si256(a.odd, v)};
+}
+inline Wide wide_xor3(Wide a, Wide b, uint64_t c) {
+  const __m256i v = _mm256_set1_epi64x(static_cast<int64_t>(c));
+  return {_mm256_xor_si256(_mm256_xor_si256(b.even, v), a.even),
+          _mm256_xor_si256(_mm256_xor_si256(b.odd, v), a.odd)};
+}
+inline VI wide_merge(Wide a) {
+  return _mm256_blend_epi32(a.even, _mm256_slli_epi64(a.odd, 32), 0xAA);
+}
+inline void transpose(VF n[4]) {
+  const auto low = [](VF x, VF y) {
+    return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(x), _mm256_castps_pd(y)));
+  };
+  const auto high = [](VF x, VF y) {
+    return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(x), _mm256_castps_pd(y)));
+  };
+  const VF a = _mm256_unpacklo_ps(n[0], n[1]), b = _mm256_unpackhi_ps(n[0], n[1]);
+  const VF c = _mm256_unpacklo_ps(n[2], n[3]), d = _mm256_unpackhi_ps(n[2], n[3]);
+  n[0] = low(a, c);
+  n[1] = high(a, c);
+  n[2] = low(b, d);
+  n[3] = high(b, d);
+}
+
+inline VF load_f32(const float* p) { return _mm256_loadu_ps(p); }
+inline void store_f32(float* p, VF v) { _mm256_storeu_ps(p, v); }
+inline VI load_u16(const uint16_t* p) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void store_u16(uint16_t* p, VI v) {  // lanes hold values below 2^16
+  const __m256i packed = _mm256_packus_epi32(v, v);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+inline VF load_f16(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void store_f16(uint16_t* p, VF v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void store_u32(uint32_t* p, VI v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+}
+
+}  // namespace

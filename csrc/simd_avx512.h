@@ -1,0 +1,116 @@
+// SIMD wrapper, AVX-512 F/BW/DQ/VL: 16 lanes. Names as in simd_scalar.h.
+// With ZO_BF16_HARDWARE, bfloat16 rounding uses AVX512-BF16.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+constexpr int W = 16;
+using VF = __m512;
+using VI = __m512i;
+// Even and odd 32-bit lanes, each in the low half of a 64-bit lane; vpmuludq ignores the rest.
+struct Wide {
+  __m512i even, odd;
+};
+
+inline VF splat(float x) { return _mm512_set1_ps(x); }
+inline VI splat(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+inline VF fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
+inline VF mul(VF a, VF b) { return _mm512_mul_ps(a, b); }
+inline VF sub(VF a, VF b) { return _mm512_sub_ps(a, b); }
+inline VI add(VI a, VI b) { return _mm512_add_epi32(a, b); }
+inline VI sub(VI a, VI b) { return _mm512_sub_epi32(a, b); }
+inline VI and_(VI a, VI b) { return _mm512_and_si512(a, b); }
+inline VI or_(VI a, VI b) { return _mm512_or_si512(a, b); }
+template <int N>
+inline VI sll(VI a) {
+  return _mm512_slli_epi32(a, N);
+}
+template <int N>
+inline VI srl(VI a) {
+  return _mm512_srli_epi32(a, N);
+}
+inline VF to_float(VI a) { return _mm512_cvtepi32_ps(a); }
+inline VI bits(VF a) { return _mm512_castps_si512(a); }
+inline VF from_bits(VI a) { return _mm512_castsi512_ps(a); }
+inline VF flip_sign(VF a, VI b) {  // 0x78: a ^ (b & c)
+  return from_bits(_mm512_ternarylogic_epi32(bits(a), b, splat(0x80000000u), 0x78));
+}
+inline VI select_nan(VF v, VI if_nan, VI otherwise) {
+  return _mm512_mask_mov_epi32(otherwise, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), if_nan);
+}
+inline VI select_less(VI a, VI b, VI yes, VI no) {
+  return _mm512_mask_mov_epi32(no, _mm512_cmplt_epi32_mask(a, b), yes);
+}
+
+// 32-bit lane 4 L + s (s < 4) holds counter base + 4 s + L, so that the in-lane 4x4 transpose of
+// the four words gives element order.
+inline Wide wide_counters(uint32_t base) {
+  const __m512i b = _mm512_set1_epi64(base);
+  return {_mm512_or_si512(b, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11)),
+          _mm512_or_si512(b, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15))};
+}
+inline Wide wide_mul(Wide a, uint32_t m) {
+  const __m512i v = _mm512_set1_epi64(m);
+  return {_mm512_mul_epu32(a.even, v), _mm512_mul_epu32(a.odd, v)};
+}
+inline Wide wide_hi(Wide a) {
+  return {_mm512_srli_epi64(a.even, 32), _mm512_srli_epi64(a.odd, 32)};
+}
+inline Wide wide_xor(Wide a, uint64_t b) {
+  const __m512i v = _mm512_set1_epi64(static_cast<int64_t>(b));
+  return {_mm512_xor_si512(a.even, v), _mm512_xor_si512(a.odd, v)};
+}
+inline Wide wide_xor3(Wide a, Wide b, uint64_t c) {  // 0x96: a ^ b ^ c
+  const __m512i v = _mm512_set1_epi64(static_cast<int64_t>(c));
+  return {_mm512_ternarylogic_epi64(a.even, b.even, v, 0x96),
+          _mm512_ternarylogic_epi64(a.odd, b.odd, v, 0x96)};
+}
+inline VI wide_merge(Wide a) {  // odd 32-bit lanes from the low halves of a.odd
+  return _mm512_mask_shuffle_epi32(a.even, 0xAAAA, a.odd, _MM_PERM_CCAA);
+}
+inline void transpose(VF n[4]) {
+  const auto low = [](VF x, VF y) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+  };
+  const auto high = [](VF x, VF y) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+  };
+  const VF a = _mm512_unpacklo_ps(n[0], n[1]), b = _mm512_unpackhi_ps(n[0], n[1]);
+  const VF c = _mm512_unpacklo_ps(n[2], n[3]), d = _mm512_unpackhi_ps(n[2], n[3]);
+  n[0] = low(a, c);
+  n[1] = high(a, c);
+  n[2] = low(b, d);
+  n[3] = high(b, d);
+}
+
+inline VF load_f32(const float* p) { return _mm512_loadu_ps(p); }
+inline void store_f32(float* p, VF v) { _mm512_storeu_ps(p, v); }
+inline VI load_u16(const uint16_t* p) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store_u16(uint16_t* p, VI v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
+}
+inline VF load_f16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store_f16(uint16_t* p, VF v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void store_u32(uint32_t* p, VI v) { _mm512_storeu_si512(p, v); }
+
+#if defined(ZO_BF16_HARDWARE)
+// vcvtneps2bf16 flushes subnormals to zero; such vectors take the integer path instead.
+inline bool store_bf16_hardware(uint16_t* p, VF v) {
+  if (_mm512_test_epi32_mask(bits(v), splat(0x7F800000u)) != 0xFFFF) return false;
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+  return true;
+}
+#endif
+
+}  // namespace

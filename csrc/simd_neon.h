@@ -1,0 +1,90 @@
+// SIMD wrapper, NEON (AArch64): 4 lanes. Names as in simd_scalar.h.
+#pragma once
+
+#include <arm_neon.h>
+
+#include <cstdint>
+
+namespace {
+
+constexpr int W = 4;
+using VF = float32x4_t;
+using VI = uint32x4_t;
+// Lanes 0, 1 and lanes 2, 3, each in the low half of a 64-bit lane.
+struct Wide {
+  uint64x2_t low, high;
+};
+
+inline VF splat(float x) { return vdupq_n_f32(x); }
+inline VI splat(uint32_t x) { return vdupq_n_u32(x); }
+inline VF fma(VF a, VF b, VF c) { return vfmaq_f32(c, a, b); }
+inline VF mul(VF a, VF b) { return vmulq_f32(a, b); }
+inline VF sub(VF a, VF b) { return vsubq_f32(a, b); }
+inline VI add(VI a, VI b) { return vaddq_u32(a, b); }
+inline VI sub(VI a, VI b) { return vsubq_u32(a, b); }
+inline VI and_(VI a, VI b) { return vandq_u32(a, b); }
+inline VI or_(VI a, VI b) { return vorrq_u32(a, b); }
+template <int N>
+inline VI sll(VI a) {
+  return vshlq_n_u32(a, N);
+}
+template <int N>
+inline VI srl(VI a) {
+  return vshrq_n_u32(a, N);
+}
+inline VF to_float(VI a) { return vcvtq_f32_s32(vreinterpretq_s32_u32(a)); }
+inline VI bits(VF a) { return vreinterpretq_u32_f32(a); }
+inline VF from_bits(VI a) { return vreinterpretq_f32_u32(a); }
+inline VF flip_sign(VF a, VI b) {
+  return from_bits(veorq_u32(bits(a), and_(b, splat(0x80000000u))));
+}
+inline VI select_nan(VF v, VI if_nan, VI otherwise) {
+  return vbslq_u32(vceqq_f32(v, v), otherwise, if_nan);
+}
+inline VI select_less(VI a, VI b, VI yes, VI no) { return vbslq_u32(vcltq_u32(a, b), yes, no); }
+
+inline Wide wide_counters(uint32_t base) {
+  const uint64_t low[2] = {0, 1}, high[2] = {2, 3};
+  const uint64x2_t b = vdupq_n_u64(base);
+  return {vorrq_u64(b, vld1q_u64(low)), vorrq_u64(b, vld1q_u64(high))};
+}
+inline Wide wide_mul(Wide a, uint32_t m) {
+  const uint32x2_t v = vdup_n_u32(m);
+  return {vmull_u32(vmovn_u64(a.low), v), vmull_u32(vmovn_u64(a.high), v)};
+}
+inline Wide wide_hi(Wide a) { return {vshrq_n_u64(a.low, 32), vshrq_n_u64(a.high, 32)}; }
+inline Wide wide_xor(Wide a, uint64_t b) {
+  const uint64x2_t v = vdupq_n_u64(b);
+  return {veorq_u64(a.low, v), veorq_u64(a.high, v)};
+}
+inline Wide wide_xor3(Wide a, Wide b, uint64_t c) {
+  const uint64x2_t v = vdupq_n_u64(c);
+  return {veorq_u64(veorq_u64(a.low, b.low), v), veorq_u64(veorq_u64(a.high, b.high), v)};
+}
+inline VI wide_merge(Wide a) { return vcombine_u32(vmovn_u64(a.low), vmovn_u64(a.high)); }
+inline void transpose(VF n[4]) {
+  const auto low = [](VF x, VF y) {
+    return vreinterpretq_f32_f64(vzip1q_f64(vreinterpretq_f64_f32(x), vreinterpretq_f64_f32(y)));
+  };
+  const auto high = [](VF x, VF y) {
+    return vreinterpretq_f32_f64(vzip2q_f64(vreinterpretq_f64_f32(x), vreinterpretq_f64_f32(y)));
+  };
+  const VF a = vtrn1q_f32(n[0], n[1]), b = vtrn2q_f32(n[0], n[1]);
+  const VF c = vtrn1q_f32(n[2], n[3]), d = vtrn2q_f32(n[2], n[3]);
+  n[0] = low(a, c);
+  n[1] = low(b, d);
+  n[2] = high(a, c);
+  n[3] = high(b, d);
+}
+
+inline VF load_f32(const float* p) { return vld1q_f32(p); }
+inline void store_f32(float* p, VF v) { vst1q_f32(p, v); }
+inline VI load_u16(const uint16_t* p) { return vmovl_u16(vld1_u16(p)); }
+inline void store_u16(uint16_t* p, VI v) { vst1_u16(p, vmovn_u32(v)); }
+inline VF load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+inline void store_f16(uint16_t* p, VF v) {
+  vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v)));
+}
+inline void store_u32(uint32_t* p, VI v) { vst1q_u32(p, v); }
+
+}  // namespace

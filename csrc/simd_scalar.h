@@ -1,0 +1,92 @@
+// SIMD wrapper, one lane: the plain C++ reading of every operation the kernels use.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int W = 1;
+using VF = float;
+struct VI {
+  uint32_t v;
+};
+using Wide = uint64_t;  // one counter word in the low half; what is above is ignored
+
+inline VF splat(float x) { return x; }
+inline VI splat(uint32_t x) { return {x}; }
+inline VF fma(VF a, VF b, VF c) { return std::fma(a, b, c); }
+inline VF mul(VF a, VF b) { return a * b; }
+inline VF sub(VF a, VF b) { return a - b; }
+inline VI add(VI a, VI b) { return {a.v + b.v}; }
+inline VI sub(VI a, VI b) { return {a.v - b.v}; }
+inline VI and_(VI a, VI b) { return {a.v & b.v}; }
+inline VI or_(VI a, VI b) { return {a.v | b.v}; }
+template <int N>
+inline VI sll(VI a) {
+  return {a.v << N};
+}
+template <int N>
+inline VI srl(VI a) {
+  return {a.v >> N};
+}
+inline VF to_float(VI a) { return static_cast<float>(static_cast<int32_t>(a.v)); }
+inline VI bits(VF a) {
+  VI r;
+  std::memcpy(&r.v, &a, 4);
+  return r;
+}
+inline VF from_bits(VI a) {
+  VF r;
+  std::memcpy(&r, &a.v, 4);
+  return r;
+}
+inline VF flip_sign(VF a, VI b) { return from_bits({bits(a).v ^ (b.v & 0x80000000u)}); }
+inline VI select_nan(VF v, VI if_nan, VI otherwise) { return v != v ? if_nan : otherwise; }
+// Lanes where the integer a, below 2^31, is smaller than b.
+inline VI select_less(VI a, VI b, VI yes, VI no) { return a.v < b.v ? yes : no; }
+
+inline Wide wide_counters(uint32_t base) { return base; }
+inline Wide wide_mul(Wide a, uint32_t m) {
+  return static_cast<uint64_t>(static_cast<uint32_t>(a)) * m;
+}
+inline Wide wide_hi(Wide a) { return a >> 32; }
+inline Wide wide_xor(Wide a, uint64_t b) { return a ^ b; }
+inline Wide wide_xor3(Wide a, Wide b, uint64_t c) { return a ^ b ^ c; }
+inline VI wide_merge(Wide a) { return {static_cast<uint32_t>(a)}; }
+inline void transpose(VF*) {}
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+  if (exponent == 0) {
+    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
+    return sign ? -magnitude : magnitude;
+  }
+  if (exponent == 31) return from_bits({sign | 0x7F800000u | (mantissa << 13)});
+  return from_bits({sign | ((exponent + 112) << 23) | (mantissa << 13)});
+}
+
+inline uint16_t float_to_half(float f) {
+  uint32_t x = bits(f).v;
+  const uint32_t sign = (x >> 16) & 0x8000u;
+  x &= 0x7FFFFFFFu;
+  if (x > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u);
+  if (x >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);
+  if (x < 0x38800000u) {  // subnormal half: the float adder rounds at 2^-24 when 0.5 is added
+    const float shifted = from_bits({x}) + 0.5f;
+    return static_cast<uint16_t>(sign | (bits(shifted).v - 0x3F000000u));
+  }
+  x += 0xFFFu + ((x >> 13) & 1);
+  return static_cast<uint16_t>(sign | ((x - 0x38000000u) >> 13));
+}
+
+inline VF load_f32(const float* p) { return *p; }
+inline void store_f32(float* p, VF v) { *p = v; }
+inline VI load_u16(const uint16_t* p) { return {*p}; }
+inline void store_u16(uint16_t* p, VI v) { *p = static_cast<uint16_t>(v.v); }
+inline VF load_f16(const uint16_t* p) { return half_to_float(*p); }
+inline void store_f16(uint16_t* p, VF v) { *p = float_to_half(v); }
+inline void store_u32(uint32_t* p, VI v) { *p = v.v; }
+
+}  // namespace

@@ -1,0 +1,106 @@
+"""The C++ extension: loads it once, explains itself when it cannot, turns tensors into addresses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/dispatch.h
+
+try:
+    from zo_kernels import _C
+except ImportError as error:
+    _C = None
+    _reason = (
+        f"the C++ extension zo_kernels._C did not load ({error}); build it with "
+        "`pip install .` or `python setup.py build_ext --inplace`"
+    )
+else:
+    _reason = None
+
+
+def unavailable_reason() -> str | None:
+    """Why this backend cannot be used, or None if it can."""
+    return _reason
+
+
+def available_isas() -> list[str]:
+    """Instruction sets this processor and build offer, fastest first; empty without extension."""
+    return [] if _C is None else _C.available_isas()
+
+
+def isa() -> str:
+    """The instruction set in use: ``ZO_KERNELS_ISA`` if set, else the fastest available.
+
+    Raises:
+        RuntimeError: without extension, or if ZO_KERNELS_ISA names one this processor lacks.
+    """
+    if _C is None:
+        raise RuntimeError(f"backend 'native': {_reason}")
+    wanted = os.environ.get("ZO_KERNELS_ISA")
+    names = _C.available_isas()
+    if wanted and wanted not in names:
+        raise RuntimeError(
+            f"ZO_KERNELS_ISA: expected one of {', '.join(names)} on this processor, got '{wanted}'"
+        )
+    return wanted or names[0]
+
+
+def combine_(
+    dst: Sequence[Tensor],
+    src: Sequence[Tensor],
+    scales: Sequence[Sequence[float]],
+    *,
+    seed: int,
+    directions: Sequence[int],
+    streams: Sequence[int],
+    offsets: Sequence[int],
+    src_scale: float,
+    stochastic: bool,
+) -> None:
+    """dst = round(src_scale * src + sum_k scales[.][k] z_k); see zo_kernels.ops.combine_."""
+    groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+    for i, (d, s) in enumerate(zip(dst, src, strict=True)):
+        groups.setdefault((s.dtype, d.dtype), []).append(i)
+    for (src_dtype, dst_dtype), members in groups.items():
+        _C.combine(
+            isa=isa(),
+            dst=[dst[i].data_ptr() for i in members],
+            src=[src[i].data_ptr() for i in members],
+            numel=[dst[i].numel() for i in members],
+            offset=[offsets[i] for i in members],
+            stream=[streams[i] for i in members],
+            direction=list(directions),
+            scale=[c for i in members for c in scales[i]],
+            src_scale=src_scale,
+            seed=seed,
+            src_dtype=DTYPE_CODES[src_dtype],
+            dst_dtype=DTYPE_CODES[dst_dtype],
+            stochastic=stochastic,
+            threads=_threads(),
+        )
+
+
+def normal(
+    count: int, *, seed: int, direction: int, stream: int, offset: int, device: torch.device
+) -> Tensor:
+    """Elements [offset, offset + count) of z: (count,) float32."""
+    out = torch.empty(count, dtype=torch.float32, device=device)
+    _C.normal(isa(), out.data_ptr(), count, offset, seed, direction, stream, _threads())
+    return out
+
+
+def random_words(
+    count: int, *, seed: int, direction: int, stream: int, offset: int, device: torch.device
+) -> Tensor:
+    """Words of elements [offset, offset + count): (count,) int64 with values below 2^32."""
+    out = torch.empty(count, dtype=torch.int32, device=device)
+    _C.random_words(isa(), out.data_ptr(), count, offset, seed, direction, stream, _threads())
+    return out.long() & 0xFFFFFFFF
+
+
+def _threads() -> int:
+    return torch.get_num_threads()

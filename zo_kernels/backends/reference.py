@@ -1,0 +1,172 @@
+"""The noise contract and the primitive in plain torch integer and float64 arithmetic.
+
+Slow, exact, obvious: what the other backends are compared with, bit for bit. It runs on any
+device. Unsigned 32-bit values are kept in int64 tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zo_kernels import noise
+
+_MASK = 0xFFFFFFFF
+_CHUNK = 1 << 20  # elements at a time, to bound the temporaries
+_SIGN_BIT_CLEARED = 0x7FFFFFFF
+
+
+def _multiply(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """High and low words of the 64-bit product of u32 values with a u32 constant."""
+    upper, lower = a * (m >> 16), a * (m & 0xFFFF)  # below 2^48
+    return (upper + (lower >> 16)) >> 16, ((upper << 16) + lower) & _MASK
+
+
+def philox(block: Tensor, *, seed: int, stream: int, direction: int) -> tuple[Tensor, ...]:
+    """The four Philox4x32-10 words of each block.
+
+    Args:
+        block: any shape, int64, block numbers (element index // 4).
+
+    Returns:
+        Four int64 tensors of block's shape with values below 2^32.
+    """
+    k0, k1 = seed & _MASK, seed >> 32
+    c0, c1 = block & _MASK, (block >> 32) & _MASK
+    c2, c3 = torch.full_like(block, stream), torch.full_like(block, direction)
+    for _ in range(noise.PHILOX_ROUNDS):
+        high0, low0 = _multiply(c0, noise.PHILOX_M0)
+        high1, low1 = _multiply(c2, noise.PHILOX_M1)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + noise.PHILOX_W0) & _MASK, (k1 + noise.PHILOX_W1) & _MASK
+    return c0, c1, c2, c3
+
+
+def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
+    """Correctly rounded binary32 a * b + c of float32 values.
+
+    The product is exact in float64; the sum is rounded to odd there (Boldo and Melquiond, 2008),
+    so the final rounding to float32 is the only one that counts.
+    """
+    product = a.double() * (b.double() if isinstance(b, Tensor) else b)
+    addend = c.double() if isinstance(c, Tensor) else torch.full_like(product, c)
+    total = product + addend
+    # Knuth's two-sum: the exact rounding error of the addition.
+    back = total - product
+    error = (product - (total - back)) + (addend - back)
+    pattern = total.view(torch.int64)
+    away = (error > 0) == (total > 0)
+    nudge = torch.where(away, 1, -1)
+    even_and_inexact = (error != 0) & torch.isfinite(total) & (pattern & 1 == 0)
+    return torch.where(even_and_inexact, pattern + nudge, pattern).view(torch.float64).float()
+
+
+def _horner(x: Tensor, coefficients: Sequence[float]) -> Tensor:
+    result = fma(x, coefficients[-1], coefficients[-2])
+    for c in coefficients[-3::-1]:
+        result = fma(result, x, c)
+    return result
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32).long() & _MASK
+
+
+def _from_bits(x: Tensor) -> Tensor:
+    return torch.where(x > _SIGN_BIT_CLEARED, x - (1 << 32), x).int().view(torch.float32)
+
+
+def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two float32 normals from two words (int64 below 2^32), as zo_kernels/noise.py states."""
+    u = _bits(((a & 0xFFFFFF00) | 0x80).float())
+    d = (0x4F800000 - u).float()
+    h = _from_bits((u & 0x7FFFFF) | 0x3F800000) - 1.5
+    y = fma(fma(h, h, -0.25), _horner(h, noise.RADIUS), d)
+    s = _from_bits(noise.RSQRT_SEED - (_bits(y) >> 1))
+    g = y * s
+    r = g * _horner(g * s, noise.SQRT)
+    t = fma((b & 0x7FFFFF00).float(), noise.ANGLE_SCALE, noise.ANGLE_SHIFT)
+    x = t * t
+    cosine = _horner(x, noise.COSINE)
+    cosine = _from_bits(_bits(cosine) ^ (b & 0x80000000))
+    return r * cosine, r * (_horner(x, noise.SINE) * t)
+
+
+def _draw(start: int, count: int, address: dict, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Normals (float32) and rounding bits (int64) of elements [start, start + count)."""
+    first = start // 4
+    blocks = torch.arange(first, (start + count + 3) // 4, device=device)
+    w0, w1, w2, w3 = philox(blocks, **address)
+    normals = torch.stack([*box_muller(w0, w1), *box_muller(w2, w3)], dim=1).flatten()
+    low = [w & 0xFF for w in (w0, w1, w2, w3)]
+    bits = torch.stack(
+        [low[0] << 8 | low[1], low[1] << 8 | low[0], low[2] << 8 | low[3], low[3] << 8 | low[2]],
+        dim=1,
+    ).flatten()
+    here = slice(start - 4 * first, start - 4 * first + count)
+    return normals[here], bits[here]
+
+
+def round_stochastic(value: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 values rounded to dtype by 16 random bits each (DESIGN: numerics, rule 3).
+
+    bfloat16: the bits are added below the kept 16 and the sum is truncated, so a value is rounded
+    up with probability equal to the fraction dropped. float16: the top 13 bits over the 13 that
+    are dropped in its normal range; to nearest below 2^-14. float32: unchanged. NaN stays NaN.
+    """
+    pattern = _bits(value)
+    if dtype == torch.bfloat16:
+        dithered = _from_bits(((pattern + bits) & _MASK) & 0xFFFF0000)
+    elif dtype == torch.float16:
+        dithered = _from_bits(((pattern + (bits >> 3)) & _MASK) & 0xFFFFE000)
+        dithered = torch.where(value.abs() < 2.0**-14, value, dithered)
+    else:
+        return value
+    return torch.where(value.isnan(), value, dithered).to(dtype)
+
+
+def combine_(
+    dst: Sequence[Tensor],
+    src: Sequence[Tensor],
+    scales: Sequence[Sequence[float]],
+    *,
+    seed: int,
+    directions: Sequence[int],
+    streams: Sequence[int],
+    offsets: Sequence[int],
+    src_scale: float,
+    stochastic: bool,
+) -> None:
+    """dst = round(src_scale * src + sum_k scales[.][k] z_k); see zo_kernels.ops.combine_."""
+    factor = torch.tensor(src_scale, dtype=torch.float32)
+    for d, s, row, stream, offset in zip(dst, src, scales, streams, offsets, strict=True):
+        coefficients = torch.tensor(row, dtype=torch.float32).tolist()
+        d_flat, s_flat = d.view(-1), s.view(-1)
+        for start in range(0, d.numel(), _CHUNK):
+            count = min(_CHUNK, d.numel() - start)
+            acc = s_flat[start : start + count].float() * factor.to(s.device)
+            for direction, c in zip(directions, coefficients, strict=True):
+                address = {"seed": seed, "stream": stream, "direction": direction}
+                z, bits = _draw(offset + start, count, address, d.device)
+                acc = fma(z, c, acc)
+            rounded = round_stochastic(acc, bits, d.dtype) if stochastic else acc.to(d.dtype)
+            d_flat[start : start + count] = rounded
+
+
+def normal(
+    count: int, *, seed: int, direction: int, stream: int, offset: int, device: torch.device
+) -> Tensor:
+    """Elements [offset, offset + count) of z: (count,) float32."""
+    address = {"seed": seed, "stream": stream, "direction": direction}
+    return _draw(offset, count, address, device)[0]
+
+
+def random_words(
+    count: int, *, seed: int, direction: int, stream: int, offset: int, device: torch.device
+) -> Tensor:
+    """Words of elements [offset, offset + count): (count,) int64 with values below 2^32."""
+    blocks = torch.arange(offset // 4, (offset + count + 3) // 4, device=device)
+    words = torch.stack(philox(blocks, seed=seed, stream=stream, direction=direction), dim=1)
+    return words.flatten()[offset % 4 : offset % 4 + count]

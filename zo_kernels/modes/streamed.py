@@ -1,0 +1,231 @@
+"""Weights that are never touched: perturbed copies exist only while an operation reads them.
+
+A ``TorchFunctionMode`` sees every torch function the model calls. Where an argument is one of the
+perturbed parameters, a copy ``round(w + scale * z)`` is written into a scratch buffer shared by all
+of them, and the function gets the copy. Extra memory is what one operation needs, at most the
+largest leaf; a crash, a NaN or Ctrl-C cannot damage the model; no module has to be known, so tied
+weights, stacked experts and functional code work alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from zo_kernels import ops
+from zo_kernels.modes.base import Closure, Mode, Slot, loss_value
+
+# Reads of a parameter that do not touch its values.
+_PROPERTIES = (
+    "shape dtype device layout ndim itemsize nbytes names is_cuda is_cpu is_meta is_leaf "
+    "is_quantized is_sparse is_mkldnn is_nested is_xpu is_mps requires_grad grad grad_fn _version "
+    "_backward_hooks"
+).split()
+_METADATA = {getattr(Tensor, p).__get__ for p in _PROPERTIES if hasattr(Tensor, p)} | {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.element_size,
+    Tensor.is_contiguous, Tensor.is_floating_point, Tensor.is_complex, Tensor.storage_offset,
+    Tensor.get_device, Tensor.__len__, Tensor.__hash__, torch.is_floating_point, torch.numel,
+    torch.is_complex,
+}  # fmt: skip
+# A kernel that takes the address itself would read the unperturbed weights.
+_ADDRESSES = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.numpy, Tensor.__dlpack__}
+_ALIGNMENT = 64  # bytes, between two copies in one scratch
+
+
+class Scratch:
+    """One growing buffer per device and dtype, handed out anew to every operation."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def allocate(self, slots: Sequence[tuple[torch.Size, Tensor]]) -> list[Tensor]:
+        """Uninitialised tensors of the given shapes, each like its example's device and dtype."""
+        used: dict[tuple[torch.device, torch.dtype], int] = {}
+        places = []
+        for shape, like in slots:
+            key = (like.device, like.dtype)
+            start = used.get(key, 0)
+            step = _ALIGNMENT // like.element_size()
+            used[key] = start + -(-shape.numel() // step) * step
+            places.append((key, start, shape))
+        for key, total in used.items():
+            if key not in self._buffers or self._buffers[key].numel() < total:
+                self._buffers.pop(key, None)  # let go of the small one first
+                self._buffers[key] = torch.empty(total, device=key[0], dtype=key[1])
+        return [self._buffers[k][at : at + shape.numel()].view(shape) for k, at, shape in places]
+
+    def give_away_if_aliased(self, result: object) -> None:
+        """Forget every buffer that a result is a view of: it now belongs to the result."""
+        if not self._buffers:
+            return
+        held = {tensor.untyped_storage().data_ptr() for tensor in _tensors(result)}
+        for key, buffer in list(self._buffers.items()):
+            if buffer.untyped_storage().data_ptr() in held:
+                del self._buffers[key]
+
+
+class StreamedWeights(TorchFunctionMode):
+    """Context in which the slots' parameters read as ``round(w + scale * z)``.
+
+    Args:
+        slots: the parameters.
+        scales: factor of z for each.
+        seed, direction, backend: of the noise.
+        scratch: buffer to reuse between contexts; a new one by default.
+
+    ``used`` counts the substitutions made. Reading a parameter's address inside the context
+    (``data_ptr`` and the like) raises RuntimeError, because the caller would see unperturbed
+    weights.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        scales: Sequence[float],
+        *,
+        seed: int,
+        direction: int,
+        backend: str | None = None,
+        scratch: Scratch | None = None,
+    ) -> None:
+        super().__init__()
+        self._slots = {id(s.tensor): (s, c) for s, c in zip(slots, scales, strict=True)}
+        self._seed, self._direction, self._backend = seed, direction, backend
+        self._scratch = Scratch() if scratch is None else scratch
+        self.used = 0
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Call func with perturbed copies in place of the parameters among its arguments."""
+        kwargs = kwargs or {}
+        found = {id(t): t for t in _tensors((args, kwargs)) if id(t) in self._slots}
+        if not found or func in _METADATA:
+            return func(*args, **kwargs)
+        if func in _ADDRESSES:
+            name = self._slots[next(iter(found))][0].name
+            raise RuntimeError(
+                f"mode 'streamed': {getattr(func, '__name__', func)} takes the address of "
+                f"'{name}', whose perturbed copy exists only inside torch functions; use a mode "
+                "that keeps perturbed weights in place"
+            )
+        self.used += len(found)
+        if func is F.embedding and self._looked_up(*args, **kwargs):
+            return self._embedding(*args, **kwargs)
+        if func is Tensor.__getitem__ and isinstance(args[1], int):
+            return self._row(args[0], args[1])
+        scratch = self._scratch.allocate([(t.shape, t) for t in found.values()])
+        copies = dict(zip(found, scratch, strict=True))
+        self._fill(copies.values(), found.values(), [self._slots[i] for i in found])
+        result = func(*_replace(args, copies), **_replace(kwargs, copies))
+        self._scratch.give_away_if_aliased(result)
+        return result
+
+    def _fill(
+        self,
+        dst: Any,
+        src: Any,
+        slots: Sequence[tuple[Slot, float]],
+        offsets: Sequence[int] | None = None,
+    ) -> None:
+        ops.combine_(
+            list(dst),
+            [t.detach() for t in src],
+            [[scale] for _, scale in slots],
+            seed=self._seed,
+            directions=[self._direction],
+            streams=[slot.stream for slot, _ in slots],
+            offsets=offsets,
+            backend=self._backend,
+        )
+
+    def _looked_up(self, ids: Tensor, weight: Tensor, *rest: Any, **kwargs: Any) -> bool:
+        """Whether only the table is a parameter and fewer rows are read than it has."""
+        max_norm = rest[1] if len(rest) > 1 else kwargs.get("max_norm")
+        known = id(weight) in self._slots and id(ids) not in self._slots
+        return known and max_norm is None and ids.numel() < weight.shape[0]
+
+    def _embedding(self, ids: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Perturbs only the rows that are looked up (padding_idx and the like act on gradients)."""
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        rows = weight.detach().index_select(0, unique)
+        slot = self._slots[id(weight)]
+        width = weight.shape[1]
+        parts = list(rows.unbind(0))
+        offsets = [index * width for index in unique.tolist()]
+        self._fill(parts, parts, [slot] * len(parts), offsets)
+        return F.embedding(inverse, rows)
+
+    def _row(self, stacked: Tensor, index: int) -> Tensor:
+        """One slice of a stacked parameter (an expert), in a tensor of its own."""
+        source = stacked.detach()[index]
+        row = torch.empty_like(source)
+        start = (index % stacked.shape[0]) * source.numel()
+        self._fill([row], [source], [self._slots[id(stacked)]], [start])
+        return row
+
+
+class StreamedMode(Mode):
+    """The default: weights stay as they are until the update; exact by construction."""
+
+    name = "streamed"
+    exact = True
+
+    def __init__(self, *, seed: int, backend: str | None = None) -> None:
+        super().__init__(seed=seed, backend=backend)
+        self._scratch = Scratch()
+
+    def evaluate_pair(
+        self, slots: Sequence[Slot], scales: Sequence[float], direction: int, closure: Closure
+    ) -> tuple[float, float]:
+        """See ``Mode.evaluate_pair``.
+
+        Raises:
+            RuntimeError: if the closure reads none of the parameters through torch functions.
+        """
+        losses = []
+        for sign in (1.0, -1.0):
+            with StreamedWeights(
+                slots,
+                [sign * scale for scale in scales],
+                seed=self.seed,
+                direction=direction,
+                backend=self.backend,
+                scratch=self._scratch,
+            ) as weights:
+                losses.append(loss_value(closure()))
+            if not weights.used:
+                raise RuntimeError(
+                    "mode 'streamed': the closure read none of the "
+                    f"{len(slots)} parameters through torch functions (the first is "
+                    f"'{slots[0].name}'); is it the model whose parameters the optimizer has, and "
+                    "is it called without torch.compile?"
+                )
+        return losses[0], losses[1]
+
+
+def _tensors(tree: object) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from _tensors(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from _tensors(item)
+
+
+def _replace(tree: Any, copies: dict[int, Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        return copies.get(id(tree), tree)
+    if isinstance(tree, (list, tuple)):
+        items = [_replace(item, copies) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    if isinstance(tree, dict):
+        return {key: _replace(item, copies) for key, item in tree.items()}
+    return tree

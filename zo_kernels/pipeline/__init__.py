@@ -1,0 +1,1 @@
+"""Preparation of the models that the package is measured on."""

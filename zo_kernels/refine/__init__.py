@@ -1,0 +1,1 @@
+"""Refinement of aligned chat models: data, losses, optimisers."""

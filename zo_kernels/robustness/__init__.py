@@ -1,0 +1,1 @@
+"""How a model behaves when its weights are disturbed: perturbations, metrics, suite and report."""

@@ -1,0 +1,142 @@
+"""The conditions of an evaluation, their names, and the configuration that lists them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zo_kernels.robustness.metrics import REFUSAL_LISTS
+from zo_kernels.robustness.perturbations import NOISE_KINDS
+
+CLEAN, WEIGHT_NOISE, QUANTIZED = "clean", "weight_noise", "quantized"
+_SCHEME = re.compile(r"int([2-8])(-asym)?(?:-g([1-9]\d*))?")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One state of the weights: `kind` clean, weight_noise or quantized.
+
+    `level` is 0 for clean, sigma for weight noise, bits for quantisation; `draw` is None except
+    for weight noise. Names: "clean", "w0.05/0" (sigma/draw), "int4", "int4-asym-g128".
+    """
+
+    name: str
+    kind: str
+    level: float
+    draw: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an unknown kind, or a draw where none belongs or none is given."""
+        if self.kind not in (CLEAN, WEIGHT_NOISE, QUANTIZED):
+            raise ValueError(f"expected kind clean, weight_noise or quantized, got {self.kind!r}")
+        if (self.draw is not None) != (self.kind == WEIGHT_NOISE):
+            raise ValueError(f"expected a draw for weight noise only, got {self}")
+
+    @property
+    def family(self) -> str:
+        """The name without the draw: "clean", "w0.05", "int4"."""
+        return self.name.partition("/")[0]
+
+    @staticmethod
+    def noise(level: float, draw: int) -> Condition:
+        """Weight noise of scale `level`, draw number `draw`."""
+        return Condition(f"w{level:g}/{draw}", WEIGHT_NOISE, float(level), draw)
+
+    @staticmethod
+    def quantized(scheme: str) -> Condition:
+        """Round to nearest, named int<bits 2..8>[-asym][-g<group size>]; ValueError otherwise."""
+        return Condition(scheme, QUANTIZED, float(parse_scheme(scheme)["bits"]))
+
+
+def parse_scheme(scheme: str) -> dict[str, Any]:
+    """Turn a scheme name such as "int4" or "int4-asym-g128" into `round_to_nearest` arguments."""
+    match = _SCHEME.fullmatch(scheme)
+    if match is None:
+        raise ValueError(f"expected a scheme int<bits 2..8>[-asym][-g<group size>], got {scheme!r}")
+    bits, asymmetric, group = match.groups()
+    return {
+        "bits": int(bits),
+        "symmetric": asymmetric is None,
+        "group_size": int(group) if group else None,
+    }
+
+
+def default_conditions(
+    noise: Sequence[float] = (0.05, 0.1),
+    draws: int = 3,
+    quantization: Sequence[str] = ("int8", "int4"),
+) -> list[Condition]:
+    """List clean, weight noise at each level times `draws` draws, and each quantisation scheme."""
+    if draws < 1:
+        raise ValueError(f"expected at least one draw, got {draws}")
+    if len({f"{level:g}" for level in noise}) != len(noise):
+        raise ValueError(f"expected noise levels with distinct names, got {list(noise)}")
+    return [
+        Condition("clean", CLEAN, 0.0),
+        *(Condition.noise(level, draw) for level in noise for draw in range(draws)),
+        *(Condition.quantized(scheme) for scheme in quantization),
+    ]
+
+
+@dataclass
+class EvaluationConfig:
+    """What `evaluate` measures, and how.
+
+    Attributes:
+        noise: noise scales, in the unit of `noise_kind`.
+        draws: noise draws a level; 3 is the least that gives a usable standard error.
+        noise_seed: the noise's seed, the same for all checkpoints that are to be compared.
+        noise_kind: "abs", "rel_std" or "rel_norm", see `perturbations.noise_std`.
+        noise_on: "linear" (weights of the decoder blocks' linears) or "all" parameters.
+        quantization: scheme names, see `parse_scheme`; always on the decoder blocks' linears.
+        max_new_tokens: answer length limit in tokens.
+        batch_size: examples a forward.
+        max_length: token limit of prompt plus completion for the losses.
+        refusal_list: a key of `metrics.REFUSAL_LISTS`.
+        generate_under: families ("clean", "w0.05", "int4") in which text is generated; None: all.
+        max_prompts: the first so many examples of each kind; None: all.
+        perplexity_tokens: the first so many tokens of the utility text; None: all.
+        perplexity_window: window in tokens.
+    """
+
+    noise: tuple[float, ...] = (0.05, 0.1)
+    draws: int = 3
+    noise_seed: int = 0
+    noise_kind: str = "rel_std"
+    noise_on: str = "linear"
+    quantization: tuple[str, ...] = ("int8", "int4")
+    max_new_tokens: int = 48
+    batch_size: int = 8
+    max_length: int = 512
+    refusal_list: str = "prefix-1"
+    generate_under: tuple[str, ...] | None = None
+    max_prompts: int | None = None
+    perplexity_tokens: int | None = 4096
+    perplexity_window: int = 256
+
+    def conditions(self) -> list[Condition]:
+        """The conditions, in the order they are run.
+
+        Raises ValueError for a field out of its range.
+        """
+        conditions = default_conditions(self.noise, self.draws, self.quantization)
+        families = {condition.family for condition in conditions}
+        for field, value, allowed in (
+            ("noise_kind", (self.noise_kind,), NOISE_KINDS),
+            ("noise_on", (self.noise_on,), ("linear", "all")),
+            ("refusal_list", (self.refusal_list,), tuple(REFUSAL_LISTS)),
+            ("generate_under", self.generate_under or (), tuple(sorted(families))),
+        ):
+            wrong = [item for item in value if item not in allowed]
+            if wrong:
+                raise ValueError(f"{field}: expected out of {allowed}, got {wrong}")
+        if self.batch_size < 1 or self.max_new_tokens < 1:
+            raise ValueError(
+                "expected batch_size >= 1 and max_new_tokens >= 1, "
+                f"got {self.batch_size} and {self.max_new_tokens}"
+            )
+        if self.max_prompts is not None and self.max_prompts < 1:
+            raise ValueError(f"expected max_prompts >= 1 or None, got {self.max_prompts}")
+        return conditions
