@@ -1,0 +1,132 @@
+"""The Triton backend: GPUs, or the CPU where TRITON_INTERPRET=1 was set before triton's import."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from zo_kernels.backends.triton import perturb as _perturb
+from zo_kernels.backends.triton.interpreter import mend
+
+#: A multiply and an add must not be contracted: the noise contract has none but explicit fma.
+COMPILE_OPTIONS = {"enable_fp_fusion": False, "num_warps": _perturb.NUM_WARPS}
+
+if knobs.runtime.interpret:
+    mend()
+
+
+def interpreting() -> bool:
+    """Whether the kernels of this process run in Triton's interpreter."""
+    return type(_perturb.combine_kernel).__name__ == "InterpretedFunction"
+
+
+def unavailable_reason() -> str | None:
+    """Why this backend cannot be used, or None if it can."""
+    if interpreting() or torch.cuda.is_available():
+        return None
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        return None
+    return "no GPU is visible to torch, and TRITON_INTERPRET=1 is not set"
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    """Make the device current: models may be split over several, and Triton launches on one."""
+    if device.type == "cpu":
+        return nullcontext()
+    return torch.get_device_module(device).device(device)
+
+
+def _options() -> dict:
+    return {} if interpreting() else COMPILE_OPTIONS
+
+
+def combine_(
+    dst: Sequence[Tensor],
+    src: Sequence[Tensor],
+    scales: Sequence[Sequence[float]],
+    *,
+    seed: int,
+    directions: Sequence[int],
+    streams: Sequence[int],
+    offsets: Sequence[int],
+    src_scale: float,
+    stochastic: bool,
+) -> None:
+    """dst = round(src_scale * src + sum_k scales[.][k] z_k); see zo_kernels.ops.combine_."""
+    device = dst[0].device
+    groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+    for i, (d, s) in enumerate(zip(dst, src, strict=True)):
+        if d.numel():
+            groups.setdefault((s.dtype, d.dtype), []).append(i)
+    for (src_dtype, dst_dtype), members in groups.items():
+        table, programs = _perturb.tile_table(
+            [dst[i] for i in members],
+            [src[i] for i in members],
+            [streams[i] for i in members],
+            [offsets[i] for i in members],
+        )
+        rows = torch.tensor([scales[i] for i in members], dtype=torch.float32)
+        words = torch.tensor([_perturb.signed(d) for d in directions], dtype=torch.int32)
+        with _on(device):
+            _perturb.combine_kernel[(programs,)](
+                table.to(device, non_blocking=True),
+                rows.to(device, non_blocking=True),
+                words.to(device, non_blocking=True),
+                len(members),
+                len(directions),
+                _perturb.signed(seed & 0xFFFFFFFF),
+                _perturb.signed(seed >> 32),
+                float(src_scale),
+                SRC_DTYPE=_perturb.TRITON_DTYPES[src_dtype],
+                DST_DTYPE=_perturb.TRITON_DTYPES[dst_dtype],
+                SRC_ITEMSIZE=src_dtype.itemsize,
+                DST_ITEMSIZE=dst_dtype.itemsize,
+                STOCHASTIC=stochastic and dst_dtype != torch.float32,
+                SCALE_SRC=src_scale != 1.0,
+                SINGLE=len(directions) == 1,
+                LANES=_perturb.LANES,
+                STEPS=_perturb.STEPS,
+                **_options(),
+            )
+
+
+def _emit(count: int, dtype: torch.dtype, address: dict, device: torch.device) -> Tensor:
+    out = torch.empty(count, dtype=dtype, device=device)
+    seed, begin = address["seed"], address["offset"]
+    end = begin + count
+    lanes = _perturb.LANES
+    programs = -(-end // (4 * lanes)) - begin // (4 * lanes)
+    with _on(device):
+        _perturb.emit_kernel[(programs,)](
+            out,
+            begin,
+            end,
+            _perturb.signed(seed & 0xFFFFFFFF),
+            _perturb.signed(seed >> 32),
+            _perturb.signed(address["stream"]),
+            _perturb.signed(address["direction"]),
+            NORMAL=dtype == torch.float32,
+            LANES=lanes,
+            **_options(),
+        )
+    return out
+
+
+def normal(
+    count: int, *, seed: int, direction: int, stream: int, offset: int, device: torch.device
+) -> Tensor:
+    """Elements [offset, offset + count) of z: (count,) float32."""
+    address = {"seed": seed, "direction": direction, "stream": stream, "offset": offset}
+    return _emit(count, torch.float32, address, device)
+
+
+def random_words(
+    count: int, *, seed: int, direction: int, stream: int, offset: int, device: torch.device
+) -> Tensor:
+    """Words of elements [offset, offset + count): (count,) int64 with values below 2^32."""
+    address = {"seed": seed, "direction": direction, "stream": stream, "offset": offset}
+    return _emit(count, torch.int32, address, device).long() & 0xFFFFFFFF
