@@ -71,7 +71,7 @@ def _join8(x0, x1, x2, x3, x4, x5, x6, x7, LANES: tl.constexpr):
 @triton.jit
 def _pointer(address, DTYPE: tl.constexpr):
     """A 64-bit address, known to be a multiple of 16, as a pointer."""
-    return tl.multiple_of(address, 16).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
 
 
 @triton.jit
