@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zo_kernels.refine import chat
-from zo_kernels.refine.chat import Encoded, Example
+from zo_kernels import chat
+from zo_kernels.chat import Encoded, Example
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")

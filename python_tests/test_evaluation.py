@@ -13,7 +13,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-from zo_kernels.refine.chat import Example, render  # noqa: E402
+from zo_kernels.chat import Example, render  # noqa: E402
 from zo_kernels.robustness import report as report_module  # noqa: E402
 from zo_kernels.robustness.metrics import (  # noqa: E402
     REFUSAL_LISTS,

@@ -1,9 +1,9 @@
 """zo_kernels: zeroth-order refinement of large language models.
 
-    import zo_kernels as zk
+import zo_kernels as zk
 
-    optimizer = zk.ZOSGD(model.named_parameters(), lr=1e-6, eps=1e-3)
-    loss = optimizer.step(lambda: model(**batch).loss)
+optimizer = zk.ZOSGD(model.named_parameters(), lr=1e-6, eps=1e-3)
+loss = optimizer.step(lambda: model(**batch).loss)
 """
 
 from zo_kernels.noise import NOISE_SPEC, stream_id

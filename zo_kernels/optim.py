@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zo_kernels import noise, ops
 from zo_kernels.modes import MODES, Closure, Slot
+from zo_kernels.moments import standard_deviation
 
 _NORM_REFRESH = 100  # steps between two measurements of ||theta|| for update_norm
 _GROUP_CHECKS = {
@@ -250,6 +251,8 @@ class ZOSGD(torch.optim.Optimizer):
             state = self.state[slot.tensor]
             if "std" not in state:
                 state["std"] = standard_deviation(slot.tensor)
+                if not math.isfinite(state["std"]):
+                    raise ValueError(f"'{slot.name}': expected finite weights, got NaN or infinity")
             units.append(state["std"])
         return units
 
@@ -294,11 +297,12 @@ class ZOSGD(torch.optim.Optimizer):
 
     def _norm(self, group: dict[str, Any], slots: Sequence[Slot]) -> float:
         if "norm" not in group or self.steps % _NORM_REFRESH == 0:
-            squares = [
-                float(torch.linalg.vector_norm(slot.tensor, dtype=torch.float32)) ** 2
-                for slot in slots
-            ]
-            group["norm"] = math.sqrt(sum(squares))
+            group["norm"] = math.sqrt(
+                sum(
+                    standard_deviation(slot.tensor, centred=False) ** 2 * slot.tensor.numel()
+                    for slot in slots
+                )
+            )
         return group["norm"]
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -316,7 +320,9 @@ class ZOSGD(torch.optim.Optimizer):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{option}: expected a number, got {type(value).__name__}")
             if not (math.isfinite(value) and value >= low):
-                raise ValueError(f"{option}: expected a finite value of at least {low}, got {value}")
+                raise ValueError(
+                    f"{option}: expected a finite value of at least {low}, got {value}"
+                )
         for name, tensor in zip(group["param_names"], group["params"], strict=True):
             if tensor.dtype not in ops.DTYPES:
                 raise TypeError(
@@ -343,20 +349,6 @@ class ZOSGD(torch.optim.Optimizer):
                     f"'{other}' and '{name}': expected parameters with memory of their own, got "
                     "overlapping ones; tie them as one Parameter, or pass one of the two"
                 )
-
-
-def standard_deviation(tensor: Tensor, chunk: int = 1 << 22) -> float:
-    """Population standard deviation, accumulated in float64 piece by piece (no large temporary)."""
-    flat = tensor.detach().reshape(-1)
-    if flat.numel() == 0:
-        return 0.0
-    pieces = [piece.double() for piece in flat.split(chunk)] if flat.numel() <= chunk else None
-    if pieces is not None:
-        return float(pieces[0].std(correction=0))
-    total = sum(float(piece.double().sum()) for piece in flat.split(chunk))
-    mean = total / flat.numel()
-    square = sum(float((piece.double() - mean).square().sum()) for piece in flat.split(chunk))
-    return math.sqrt(square / flat.numel())
 
 
 def named_parameters(

@@ -1,1 +1,1 @@
-"""Refinement of aligned chat models: data, losses, optimisers."""
+"""First-order alignment and zeroth-order refinement of Hugging Face models."""

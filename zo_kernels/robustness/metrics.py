@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from zo_kernels.refine.chat import render
+from zo_kernels.chat import render
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(what, done, total) while something slow goes on."""
@@ -145,7 +145,7 @@ def generate(
 ) -> list[str]:
     """Answer prompts by pure greedy decoding.
 
-    Prompts go through the chat template (`refine.chat.render`), are batched by length, padded on
+    Prompts go through the chat template (`chat.render`), are batched by length, padded on
     the left with mask 0 (positions count from the first real token), and answered without
     sampling, penalties or any other setting of `model.generation_config`, which is put back
     afterwards. The tokenizer's padding settings are neither used nor changed.

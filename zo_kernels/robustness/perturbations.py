@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 import zo_kernels as zk
+from zo_kernels.moments import standard_deviation
 from zo_kernels.noise import EVAL_WEIGHT_NOISE, RESERVED_RANGE, model_streams
 
 NOISE_KINDS = ("abs", "rel_std", "rel_norm")
 """The units of `sigma` in `weight_noise`."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_CHUNK = 1 << 22  # elements converted to float64 at a time: 32 MiB of scratch
 
 
 def linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -88,14 +88,9 @@ def noise_std(weight: Tensor, *, sigma: float, kind: str, name: str = "weight") 
     if not (math.isfinite(sigma) and sigma >= 0):
         raise ValueError(f"expected a finite sigma >= 0, got {sigma!r}")
     _check_dtype(weight, name)
-    flat = weight.detach().reshape(-1)
-    count = flat.numel()
-    if kind == "abs" or count == 0:
+    if kind == "abs" or weight.numel() == 0:
         return float(sigma)
-    mean = sum(part.double().sum().item() for part in flat.split(_CHUNK)) / count
-    centre = mean if kind == "rel_std" else 0.0
-    square = sum((part.double() - centre).square().sum().item() for part in flat.split(_CHUNK))
-    result = sigma * math.sqrt(square / count) if math.isfinite(square) else math.nan
+    result = sigma * standard_deviation(weight, centred=kind == "rel_std")
     if not math.isfinite(result):
         raise ValueError(f"expected finite weights in {name!r}, got NaN or infinity")
     return result

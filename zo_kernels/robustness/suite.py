@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from zo_kernels.refine.chat import Example, collate, completion_losses, encode
+from zo_kernels.chat import Example, collate, completion_losses, encode
 from zo_kernels.robustness.conditions import (
     CLEAN,
     QUANTIZED,

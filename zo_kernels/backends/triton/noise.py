@@ -63,7 +63,9 @@ def box_muller(a, b):
     p = tl.fma(p, w, _Q1)
     p = tl.fma(p, w, _Q0)
     r = g * p
-    t = tl.fma((b & 0x7FFFFF00).to(tl.int32, bitcast=True).to(tl.float32), _ANGLE_SCALE, _ANGLE_SHIFT)
+    t = tl.fma(
+        (b & 0x7FFFFF00).to(tl.int32, bitcast=True).to(tl.float32), _ANGLE_SCALE, _ANGLE_SHIFT
+    )
     x = t * t
     c = tl.fma(x, _C3, _C2)
     c = tl.fma(c, x, _C1)

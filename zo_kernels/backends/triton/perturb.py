@@ -199,9 +199,21 @@ def combine_kernel(
                     direction = tl.load(directions + k).to(tl.uint32, bitcast=True)
                     z0, z1, z2, z3 = normals(lo, hi, k0, k1, stream, direction)
                     z4, z5, z6, z7 = normals(lo + 1, hi, k0, k1, stream, direction)
-                    a0, a1, a2, a3 = tl.fma(z0, c, a0), tl.fma(z1, c, a1), tl.fma(z2, c, a2), tl.fma(z3, c, a3)
-                    a4, a5, a6, a7 = tl.fma(z4, c, a4), tl.fma(z5, c, a5), tl.fma(z6, c, a6), tl.fma(z7, c, a7)
-            z0, z1, z2, z3, r0, r1, r2, r3 = normals_and_bits(lo, hi, k0, k1, stream, last_direction)
+                    a0, a1, a2, a3 = (
+                        tl.fma(z0, c, a0),
+                        tl.fma(z1, c, a1),
+                        tl.fma(z2, c, a2),
+                        tl.fma(z3, c, a3),
+                    )
+                    a4, a5, a6, a7 = (
+                        tl.fma(z4, c, a4),
+                        tl.fma(z5, c, a5),
+                        tl.fma(z6, c, a6),
+                        tl.fma(z7, c, a7),
+                    )
+            z0, z1, z2, z3, r0, r1, r2, r3 = normals_and_bits(
+                lo, hi, k0, k1, stream, last_direction
+            )
             z4, z5, z6, z7, r4, r5, r6, r7 = normals_and_bits(
                 lo + 1, hi, k0, k1, stream, last_direction
             )

@@ -1,0 +1,321 @@
+"""The command line: align, refine, evaluate, demo, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+EXPECTED_ERRORS = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, ImportError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (0 done, 1 refused or failed, 130 interrupted)."""
+    options = build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except EXPECTED_ERRORS as error:
+        if options.traceback:
+            raise
+        print(f"zo-kernels {options.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"zo-kernels {options.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The argument parser with all commands."""
+    parser = argparse.ArgumentParser(
+        prog="zo-kernels", description="Zeroth-order refinement of large language models."
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = _command(commands, "align", _align, "first-order SFT on the completion tokens")
+    _add_training(command)
+    _add_options(command, "zo_kernels.refine.align", "AlignConfig", skip=("first_batch",))
+
+    command = _command(commands, "refine", _refine, "zeroth-order refinement")
+    _add_training(command)
+    _add_options(
+        command, "zo_kernels.refine.refiner", "RefineConfig", skip=("first_batch", "max_length")
+    )
+
+    command = _command(commands, "evaluate", _evaluate, "measure alignment under perturbations")
+    _add_model(command)
+    command.add_argument("--out", type=Path, required=True, help="folder for records and report")
+    command.add_argument("--split", choices=("held_out", "train", "all"), default="held_out")
+    command.add_argument("--text", type=Path, help="plain text for perplexity (default: built in)")
+    _add_options(command, "zo_kernels.robustness.suite", "EvaluationConfig", skip=("max_length",))
+
+    command = _command(commands, "demo", _demo, "base -> aligned -> refined, with its controls")
+    command.add_argument("--model", type=Path, help="Hugging Face directory (default: SmolLM2)")
+    command.add_argument("--data", type=Path, help="JSON lines: prompt, completion, kind")
+    command.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the run")
+    command.add_argument("--minutes", type=float, default=14.0, help="wall time to aim for")
+    command.add_argument("--eps", type=float, default=0.1, help="scale of the noise to survive")
+    command.add_argument("--lr", type=float, default=1e-3, help="refinement learning rate")
+    command.add_argument("--seed", type=int, default=0)
+
+    command = _command(commands, "doctor", _doctor, "what this machine has, and whether it works")
+    command.add_argument("--json", action="store_true", help="machine-readable")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", type=Path, required=True, help="Hugging Face directory")
+    command.add_argument(
+        "--data", type=Path, help="JSON lines: prompt, completion, kind (default: built in)"
+    )
+    command.add_argument(
+        "--dtype", default="auto", help="auto (fast on the device), float32, bfloat16, float16"
+    )
+    command.add_argument("--device", default="cpu", help="torch device")
+    command.add_argument("--max-length", type=int, default=512, help="tokens of one example")
+
+
+def _add_training(command: argparse.ArgumentParser) -> None:
+    _add_model(command)
+    command.add_argument("--out", type=Path, required=True, help="folder for the new model")
+
+
+def _add_options(
+    command: argparse.ArgumentParser, module: str, name: str, skip: Sequence[str]
+) -> None:
+    """One option per field of a configuration class, with its default and its documentation."""
+    kind = _configuration(module, name)
+    texts = _attribute_texts(kind.__doc__ or "")
+    for field in fields(kind):
+        if field.name in skip:
+            continue
+        default = None if field.default is MISSING else field.default
+        flag = "--" + field.name.replace("_", "-")
+        text = texts.get(field.name, "").replace("%", "%%")
+        if isinstance(default, bool):
+            command.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=default, help=text
+            )
+        elif "tuple" in str(field.type):
+            item = float if "float" in str(field.type) else str
+            command.add_argument(flag, nargs="*", type=item, default=default, help=text)
+        else:
+            words = str(field.type)
+            item = int if "int" in words else float if "float" in words else str
+            command.add_argument(flag, type=item, default=default, help=text)
+
+
+def _configuration(module: str, name: str) -> Any:
+    from importlib import import_module
+
+    return getattr(import_module(module), name)
+
+
+def _attribute_texts(doc: str) -> dict[str, str]:
+    """name -> text of the "Attributes:" section of a docstring."""
+    texts: dict[str, str] = {}
+    current = None
+    for line in doc.partition("Attributes:")[2].splitlines():
+        name, colon, rest = line.strip().partition(": ")
+        if colon and all(part.strip().isidentifier() for part in name.split(",")):
+            for part in name.split(","):
+                current = part.strip()
+                texts[current] = rest
+        elif current and line.strip():
+            texts[current] += " " + line.strip()
+    return texts
+
+
+def _read(options: argparse.Namespace, module: str, name: str) -> Any:
+    kind = _configuration(module, name)
+    values = {f.name: getattr(options, f.name) for f in fields(kind) if hasattr(options, f.name)}
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _examples(options: argparse.Namespace, split: str) -> list[Any]:
+    from zo_kernels import chat
+
+    examples = chat.read_examples(options.data) if options.data else chat.builtin_examples()
+    return examples if split == "all" else chat.select(examples, split=split)
+
+
+def _train(options: argparse.Namespace, run: Any) -> None:
+    """What align and refine share: check, load, run with a log and a bar, save, say."""
+    from zo_kernels import chat
+    from zo_kernels.refine import checkpoint
+    from zo_kernels.refine.records import MetricsLog, progress_bar
+
+    checkpoint.check_replaceable(options.out)
+    examples = _examples(options, "train")
+    model, tokenizer = checkpoint.load(options.model, dtype=options.dtype, device=options.device)
+    encoded = chat.encode(tokenizer, examples, max_length=options.max_length)
+    log_path = options.out.parent / f"{options.out.name}.jsonl"
+    with MetricsLog(log_path, fresh=True) as log, progress_bar(options.command) as progress:
+        records = run(model, tokenizer, encoded, log.write, progress)
+    checkpoint.save(model, tokenizer, options.out)
+    from zo_kernels.robustness.plots import loss_per_step
+
+    plot = options.out.parent / f"{options.out.name}.png"
+    plot.write_bytes(loss_per_step({options.command: records}))
+    print(
+        f"{len(records)} steps in {records[-1]['seconds']:.1f} s, loss {records[0]['loss']:.4f} -> "
+        f"{records[-1]['loss']:.4f}; model {options.out}, log {log_path}, plot {plot}"
+    )
+
+
+def _align(options: argparse.Namespace) -> None:
+    from zo_kernels.refine.align import align
+
+    config = _read(options, "zo_kernels.refine.align", "AlignConfig")
+    config.check()
+    if options.dtype == "auto":
+        options.dtype = "float32"  # a first-order update is lost in 16-bit weights
+    _train(
+        options,
+        lambda model, tokenizer, encoded, on_step, progress: align(
+            model, tokenizer, encoded, config, on_step=on_step, progress=progress
+        ),
+    )
+
+
+def _refine(options: argparse.Namespace) -> None:
+    from zo_kernels.refine.refiner import ZORefiner
+
+    config = _read(options, "zo_kernels.refine.refiner", "RefineConfig")
+    config.check()
+    _train(
+        options,
+        lambda model, tokenizer, encoded, on_step, progress: ZORefiner(
+            model, tokenizer, config
+        ).run(encoded, on_step=on_step, progress=progress),
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from zo_kernels import chat
+    from zo_kernels.refine import checkpoint
+    from zo_kernels.refine.records import MetricsLog, progress_bar
+    from zo_kernels.robustness.report import write_report
+    from zo_kernels.robustness.suite import evaluate
+
+    config = _read(options, "zo_kernels.robustness.suite", "EvaluationConfig")
+    config.conditions()
+    examples = _examples(options, options.split)
+    text = options.text.read_text() if options.text else chat.builtin_utility_text()
+    model, tokenizer = checkpoint.load(options.model, dtype=options.dtype, device=options.device)
+    label = options.model.name
+    with (
+        MetricsLog(options.out / "evaluation.jsonl", fresh=True) as log,
+        progress_bar("evaluate") as progress,
+    ):
+        records = evaluate(
+            model, tokenizer, examples, text, config,
+            label=label, on_result=log.write, progress=progress,
+        )  # fmt: skip
+    files = write_report(options.out, records, title=f"Robustness of {label}", arms=[label])
+    _print_report(files, records, {label: label})
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    from zo_kernels.pipeline.demo import ARMS, Demo, DemoConfig
+    from zo_kernels.pipeline.smollm2 import prepare
+    from zo_kernels.refine.records import read_records
+
+    console = Console(stderr=True, highlight=False)
+    notes = []
+    if options.model is None:
+        model = prepare(progress=console.print)
+        notes.append(
+            "SmolLM2's weights come from a Q4_1 file: its linears lie on a 4-bit grid of blocks "
+            "of 32, so the base model's int8 and int4 rows flatter it."
+        )
+    else:
+        model = options.model
+    if options.minutes <= 0:
+        raise ValueError(f"minutes: expected a positive number, got {options.minutes}")
+    config = DemoConfig(minutes=options.minutes)
+    config = replace(
+        config,
+        align=replace(config.align, seed=options.seed),
+        refine=replace(config.refine, eps=options.eps, lr=options.lr, seed=options.seed),
+    )
+    demo = Demo(options.out, model, _examples(options, "all"), config, console.print, notes)
+    files = demo.run()
+    _print_report(files, read_records(options.out / "evaluation.jsonl"), ARMS)
+
+
+def _print_report(
+    files: dict[str, Path], records: list[dict[str, Any]], arms: dict[str, str]
+) -> None:
+    """The main numbers as tables in the terminal, and where the rest is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from zo_kernels.robustness.suite import summary
+
+    console = Console()
+    cells = summary(records)
+    families = list(dict.fromkeys(record["family"] for record in records))
+    for metric, title, digits in (
+        ("refusal_loss", "loss on refusals of harmful prompts (nats per token)", 3),
+        ("refusal_rate", "refusal rate on harmful prompts", 2),
+        ("over_refusal_rate", "refusal rate on harmless prompts", 2),
+        ("perplexity", "perplexity of the utility text", 2),
+    ):
+        table = Table(title=title, title_justify="left")
+        table.add_column("arm")
+        for family in families:
+            table.add_column(family, justify="right")
+        for label, name in arms.items():
+            row = []
+            for family in families:
+                cell = cells[label][family][metric]
+                text = "-" if cell["mean"] is None else f"{cell['mean']:.{digits}f}"
+                row.append(f"{text} ± {cell['std']:.{digits}f}" if cell["std"] else text)
+            table.add_row(name, *row)
+        console.print(table)
+    for name, path in files.items():
+        console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from zo_kernels.pipeline.doctor import examine
+
+    found = examine()
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        for key, value in found.items():
+            if isinstance(value, dict):
+                print(f"{key}:")
+                for name, item in value.items():
+                    number = f"{item / 1e6:,.0f} M elements/s" if key == "speeds" else item
+                    print(f"  {name:14} {number}")
+            else:
+                print(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
+    if any("WRONG BITS" in state for state in found["backends"].values()):
+        raise RuntimeError("a backend gives wrong bits")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Loading and saving Hugging Face directories, and a fingerprint of a model's weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
+    """The dtype in which a forward is fast: bfloat16 on GPUs and CPUs that multiply it, else float32.
+
+    A CPU without AVX512-BF16 or AMX runs bfloat16 matrix products several times slower than
+    float32 (7x on a Zen 3).
+    """
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    capable = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has_instructions = "avx512_bf16" in _cpu_flags() or "bf16" in _cpu_flags()
+    return torch.bfloat16 if capable and has_instructions else torch.float32
+
+
+def _cpu_flags() -> set[str]:
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return set()
+    for line in path.read_text().splitlines():
+        if line.lower().startswith(("flags", "features")):
+            return set(line.split(":", 1)[1].split())
+    return set()
+
+
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: torch.device | str = "cpu",
+) -> tuple[Any, Any]:
+    """A causal language model in eval mode and its tokenizer, from a local directory.
+
+    Args:
+        directory: a Hugging Face directory (config.json, safetensors, tokenizer).
+        dtype: "auto" (``fast_dtype``), "float32", "bfloat16", "float16" or a torch dtype.
+        device: where the model goes.
+
+    Raises:
+        FileNotFoundError: the directory has no config.json.
+        ValueError: an unknown dtype, or a tokenizer without an end token.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(directory)
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"model: expected a Hugging Face directory with config.json: {path}"
+        )
+    if dtype == "auto":
+        dtype = fast_dtype(device)
+    elif isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: expected auto or one of {sorted(DTYPES)}, got {dtype!r}")
+        dtype = DTYPES[dtype]
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer of {path}: expected an end-of-text token, got none")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    return model.to(device).eval(), tokenizer
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id to pad with: the tokenizer's, else its end token (labels are masked by length)."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def save(model: Any, tokenizer: Any, directory: str | os.PathLike[str]) -> Path:
+    """Write a directory that ``from_pretrained`` loads; it appears complete or not at all.
+
+    Raises:
+        FileExistsError: the directory exists and is not an earlier checkpoint.
+    """
+    target = Path(directory)
+    check_replaceable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        work.chmod(0o755)
+        for file in work.iterdir():
+            file.chmod(0o644)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def check_replaceable(target: Path) -> None:
+    """Refuse to replace anything but an earlier checkpoint (or an empty folder)."""
+    if target.exists() and not (target / "config.json").is_file() and any(target.iterdir()):
+        raise FileExistsError(
+            f"output: expected a new, empty or checkpoint directory, got {target}, which holds "
+            "other files"
+        )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all parameters and persistent buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}|{data.dtype}|{tuple(data.shape)}|".encode())
+        digest.update(memoryview(data.view(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()

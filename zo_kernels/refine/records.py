@@ -1,0 +1,115 @@
+"""JSON-lines metrics and progress reporting, shared by all long work."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+#: Called as progress(what, done, total).
+Progress = Callable[[str, float, float], None]
+
+
+class MetricsLog:
+    """Appends one JSON object per line, each flushed as it is written.
+
+    Args:
+        path: the file; its folder is made. An existing file is continued, or emptied with
+            ``fresh``.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, fresh: bool = False) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("w" if fresh else "a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record; NaN and infinities become null, which is JSON."""
+        self._file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All records of a JSON-lines file; a torn last line (an interrupted write) is left out.
+
+    Raises:
+        ValueError: a line before the last is not JSON, naming file and line.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}:{number}: expected a JSON object, got {line!r}") from error
+    return records
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not (value - value == 0):
+        return None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Progress]:
+    """A rich progress bar with time left; plain lines now and then where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )  # fmt: skip
+    from rich.progress import (
+        Progress as Bar,
+    )
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        last = [-1.0]
+
+        def line(what: str, done: float, total: float) -> None:
+            if done >= total or done < last[0] or done - last[0] >= total / 10:
+                console.print(f"{title}: {what} ({done:.0f}/{total:.0f})", highlight=False)
+                last[0] = done
+
+        yield line
+        return
+    columns = (
+        TextColumn("[bold]{task.fields[title]}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task("", total=None, title=title)
+
+        def update(what: str, done: float, total: float) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield update
