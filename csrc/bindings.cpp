@@ -53,8 +53,11 @@ void combine(const std::string& isa, const std::vector<uint64_t>& dst,
 
 void emit(zo::Kernel kernel, uint64_t dst, uint64_t count, uint64_t offset, uint64_t seed,
           uint32_t direction, uint32_t stream, int threads) {
-  const Job job = {nullptr, reinterpret_cast<void*>(dst), offset,     offset + count, seed,
-                   stream,  1,                            &direction, nullptr,        1.0f};
+  const Job job = {nullptr, reinterpret_cast<void*>(dst),
+                   offset,  offset + count,
+                   seed,    stream,
+                   1,       &direction,
+                   nullptr, 1.0f};
   const py::gil_scoped_release release;
   zo::run({{kernel, job, 0, 4}}, threads);
 }

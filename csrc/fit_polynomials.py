@@ -91,7 +91,7 @@ def rsqrt_seed(y: np.ndarray, magic: int) -> np.ndarray:
 
 
 def square_root(degree: int = SQRT_DEGREE) -> tuple[int, list[np.float32], float]:
-    """The seed constant with the narrowest w, S(w) with sqrt(2 ln 2 / 2^23) folded in, its bound."""
+    """The seed constant with the narrowest w; S(w), sqrt(2 ln 2 / 2^23) folded in; its bound."""
     y = np.linspace(1.0, 4.0, 400001)[:-1].astype(np.float32)
     widths = []
     for magic in range(0x5EF00000, 0x5F500000, 0x800):

@@ -101,8 +101,8 @@ inline void box_muller(const VI* a, const VI* b, VF* cosine, VF* sine) {
   EACH u[k] = bits(to_float(or_(srl<7>(a[k]), splat(1u))));
   EACH d[k] = to_float(sub(splat(0x4C000000u), u[k]));
   EACH h[k] = sub(from_bits(or_(and_(u[k], splat(0x7FFFFFu)), splat(0x3F800000u))), splat(1.5f));
-  EACH t[k] = fma(to_float(and_(b[k], splat(0x7FFFFF00u))), splat(0x1p-31f),
-                  splat(-0.5f + 0x1p-24f));
+  EACH t[k] =
+      fma(to_float(and_(b[k], splat(0x7FFFFF00u))), splat(0x1p-31f), splat(-0.5f + 0x1p-24f));
   EACH q[k] = fma(h[k], h[k], splat(-0.25f));
   EACH p[k] = fma(h[k], splat(RADIUS[4]), splat(RADIUS[3]));
   EACH x[k] = mul(t[k], t[k]);

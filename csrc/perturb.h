@@ -21,7 +21,7 @@ using zo::Job;
 #define ZO_UNROLL 2
 #endif
 constexpr int UNROLL = ZO_UNROLL;
-constexpr int STRIDE = 4 * W * UNROLL;    // elements per pass of the inner loop
+constexpr int STRIDE = 4 * W * UNROLL;  // elements per pass of the inner loop
 
 struct F32 {
   using storage = float;
@@ -132,9 +132,9 @@ void combine(const Job& job) {
       random[j] = splat(0u);
     }
     for (int k = 0; k <= last; ++k) {
-      const Prologue prologue =
-          k < MAX_PROLOGUES ? prologues[k]
-                            : make_prologue(keys, block_hi, job.stream, job.direction[k]);
+      const Prologue prologue = k < MAX_PROLOGUES
+                                    ? prologues[k]
+                                    : make_prologue(keys, block_hi, job.stream, job.direction[k]);
       if (STOCHASTIC && k == last)
         draw<true>(block, prologue, keys, z, random);
       else

@@ -35,9 +35,7 @@ inline VI srl(VI a) {
 inline VF to_float(VI a) { return _mm256_cvtepi32_ps(a); }
 inline VI bits(VF a) { return _mm256_castps_si256(a); }
 inline VF from_bits(VI a) { return _mm256_castsi256_ps(a); }
-inline VF flip_sign(VF a, VI b) {
-  return _mm256_xor_ps(a, from_bits(and_(b, splat(0x80000000u))));
-}
+inline VF flip_sign(VF a, VI b) { return _mm256_xor_ps(a, from_bits(and_(b, splat(0x80000000u)))); }
 inline VI select_nan(VF v, VI if_nan, VI otherwise) {
   return _mm256_blendv_epi8(otherwise, if_nan, bits(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
 }
@@ -103,8 +101,6 @@ inline void store_f16(uint16_t* p, VF v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-inline void store_u32(uint32_t* p, VI v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
-}
+inline void store_u32(uint32_t* p, VI v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 
 }  // namespace

@@ -82,9 +82,7 @@ inline void store_f32(float* p, VF v) { vst1q_f32(p, v); }
 inline VI load_u16(const uint16_t* p) { return vmovl_u16(vld1_u16(p)); }
 inline void store_u16(uint16_t* p, VI v) { vst1_u16(p, vmovn_u32(v)); }
 inline VF load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
-inline void store_f16(uint16_t* p, VF v) {
-  vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v)));
-}
+inline void store_f16(uint16_t* p, VF v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
 inline void store_u32(uint32_t* p, VI v) { vst1q_u32(p, v); }
 
 }  // namespace

@@ -6,6 +6,8 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -275,9 +277,10 @@ class ZOSGD(torch.optim.Optimizer):
             if number == 0:
                 record.projected_gradients = gradients
             # ||dtheta|| per unit of lr, from E z^2 = 1.
-            length = math.sqrt(
-                sum(unit * unit * slot.tensor.numel() for unit, slot in zip(members, slots))
-            ) * math.sqrt(sum(g * g for g in gradients)) / self.queries  # fmt: skip
+            size = sum(
+                unit * unit * slot.tensor.numel() for unit, slot in zip(members, slots, strict=True)
+            )
+            length = math.sqrt(size * sum(g * g for g in gradients)) / self.queries
             lr = float(group["lr"])
             if group["update_norm"] is not None:
                 group_norm = self._norm(group, slots)
@@ -343,7 +346,7 @@ class ZOSGD(torch.optim.Optimizer):
             for name, tensor in zip(group["param_names"], group["params"], strict=True)
             if tensor.device.type != "meta" and tensor.numel()
         )
-        for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
+        for (_, end, name), (start, _, other) in pairwise(spans):
             if start < end:
                 raise ValueError(
                     f"'{other}' and '{name}': expected parameters with memory of their own, got "
@@ -363,8 +366,6 @@ def named_parameters(
     Raises:
         ValueError: if nothing is left, or a pattern matches nothing.
     """
-    from fnmatch import fnmatchcase
-
     everything = list(model.named_parameters())
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(name, pattern) for name, _ in everything):

@@ -1,4 +1,4 @@
-"""The C++ extension: loads it once, explains itself when it cannot, turns tensors into addresses."""
+"""The C++ extension: loaded once, explained when it cannot be, called with tensors' addresses."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,8 @@ class DemoConfig:
     """
 
     minutes: float = 14.0
-    align: AlignConfig = AlignConfig(steps=60, lr=1e-4)
-    refine: RefineConfig = RefineConfig(steps=10_000)
+    align: AlignConfig = field(default_factory=lambda: AlignConfig(steps=60, lr=1e-4))
+    refine: RefineConfig = field(default_factory=lambda: RefineConfig(steps=10_000))
     evaluation: EvaluationConfig | None = None
     max_length: int = 256
 

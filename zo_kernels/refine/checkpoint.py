@@ -6,6 +6,8 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """The dtype in which a forward is fast: bfloat16 on GPUs and CPUs that multiply it, else float32.
+    """The dtype of fast forwards: bfloat16 on GPUs and CPUs that multiply it, else float32.
 
     A CPU without AVX512-BF16 or AMX runs bfloat16 matrix products several times slower than
     float32 (7x on a Zen 3).
@@ -68,11 +70,26 @@ def load(
         if dtype not in DTYPES:
             raise ValueError(f"dtype: expected auto or one of {sorted(DTYPES)}, got {dtype!r}")
         dtype = DTYPES[dtype]
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    with _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer of {path}: expected an end-of-text token, got none")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     return model.to(device).eval(), tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own bar over the weights, which flickers by in half a second."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def pad_id(tokenizer: Any) -> int:

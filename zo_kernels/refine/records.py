@@ -75,17 +75,8 @@ def _plain(value: Any) -> Any:
 @contextmanager
 def progress_bar(title: str) -> Iterator[Progress]:
     """A rich progress bar with time left; plain lines now and then where there is no terminal."""
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )  # fmt: skip
-    from rich.progress import (
-        Progress as Bar,
-    )
 
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -99,14 +90,14 @@ def progress_bar(title: str) -> Iterator[Progress]:
         yield line
         return
     columns = (
-        TextColumn("[bold]{task.fields[title]}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        bars.TextColumn("[bold]{task.fields[title]}"),
+        bars.BarColumn(),
+        bars.TaskProgressColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.description}"),
     )
-    with Bar(*columns, console=console) as bar:
+    with bars.Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=None, title=title)
 
         def update(what: str, done: float, total: float) -> None:

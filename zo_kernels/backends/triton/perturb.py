@@ -282,6 +282,12 @@ def signed(word: int) -> int:
     return word - (1 << 32) if word >> 31 else word
 
 
+def _address(tensor: Tensor, offset: int) -> int:
+    """Where element 0 of the full parameter would lie, modulo 2^64 as pointer arithmetic is."""
+    address = tensor.data_ptr() - offset * tensor.element_size()
+    return (address + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
 def tile_table(
     dst: list[Tensor], src: list[Tensor], streams: list[int], offsets: list[int]
 ) -> tuple[Tensor, int]:
@@ -292,15 +298,6 @@ def tile_table(
         if d.numel() == 0:
             continue
         end = offset + d.numel()
-        columns.append(
-            (
-                programs,
-                d.data_ptr() - offset * d.element_size(),
-                s.data_ptr() - offset * s.element_size(),
-                offset,
-                end,
-                stream,
-            )
-        )
+        columns.append((programs, _address(d, offset), _address(s, offset), offset, end, stream))
         programs += -(-end // tile) - offset // tile
     return torch.tensor(columns, dtype=torch.int64).t().contiguous(), programs

@@ -1,0 +1,79 @@
+"""A whole zeroth-order step on SmolLM2-135M against MeZO's step and two bare forwards.
+
+Run: python -m pytest benchmarks/bench_step.py      (needs the demo extra: it prepares the model)
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mezo
+import pytest
+import torch
+from interleave import interleave, median_ratio, medians
+
+import zo_kernels as zk
+from zo_kernels.pipeline.smollm2 import prepare
+from zo_kernels.refine.checkpoint import load
+
+LR, EPS = 1e-9, 1e-3
+ROUNDS = 5
+
+
+@pytest.fixture(scope="module")
+def directory():
+    """The model's Hugging Face directory, prepared on first use."""
+    return prepare(progress=print)
+
+
+@pytest.mark.parametrize("shape", [(4, 128), (8, 512)], ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_step(benchmark, report, directory, dtype, shape):
+    """Two threads; rows are seconds, ratios against two bare forwards of the same rounds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    model, _ = load(directory, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, shape, generator=generator)
+
+    @torch.no_grad()
+    def loss() -> torch.Tensor:
+        logits = model(input_ids=ids, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
+        )
+
+    ours = zk.ZOSGD(model.named_parameters(), lr=LR, eps=EPS)
+    in_place = zk.ZOSGD(model.named_parameters(), lr=LR, eps=EPS, mode="mezo")
+    parameters = list(model.parameters())
+    cases = {
+        "two bare forwards": lambda: (loss(), loss()),
+        "ZOSGD streamed": lambda: ours.step(loss),
+        "ZOSGD mezo (fused passes)": lambda: in_place.step(loss),
+        "MeZO's loop": lambda: mezo.step(parameters, loss, EPS, LR, 1),
+    }
+    rounds = ROUNDS if shape == (4, 128) else 3
+    times = interleave(cases, rounds)
+    ratios = {
+        f"{name} / two forwards": median_ratio(times, name, "two bare forwards")
+        for name in cases
+        if name != "two bare forwards"
+    }
+    report(
+        f"step, SmolLM2-135M, {dtype}, {shape[0]} x {shape[1]}, 2 threads", medians(times), ratios
+    )
+    benchmark.pedantic(lambda: ours.step(loss), rounds=1)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_peak_memory(benchmark, report, directory, dtype):
+    """Peak of a step over the peak of a bare forward, in a process of its own; MB."""
+    script = Path(__file__).with_name("peak_memory.py")
+    command = [sys.executable, str(script), str(directory), dtype]
+    found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    report(f"peak memory, SmolLM2-135M, {dtype}, 4 x 128 (MB)", found, {})
+    benchmark.pedantic(lambda: None, rounds=1)

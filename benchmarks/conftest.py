@@ -1,0 +1,53 @@
+"""Collects the interleaved tables and prints them after pytest-benchmark's own."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from zo_kernels.backends import native
+
+_tables: list[tuple[str, dict[str, float], dict[str, float]]] = []
+
+
+@pytest.fixture
+def report(benchmark) -> Callable[[str, dict[str, float], dict[str, float]], None]:
+    """Keep a table: title, seconds (or other numbers) by row, ratios by name."""
+
+    def add(title: str, rows: dict[str, float], ratios: dict[str, float]) -> None:
+        _tables.append((title, rows, ratios))
+        benchmark.extra_info.update({**rows, **ratios})
+
+    return add
+
+
+@pytest.fixture(params=[1, 2], ids=lambda n: f"{n}thread")
+def threads(request) -> Iterator[int]:
+    """Number of threads of torch and of the kernels."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Print every table, with the machine."""
+    if not _tables:
+        return
+    terminalreporter.section("interleaved medians")
+    cpu = Path("/proc/cpuinfo")
+    model = platform.processor()
+    if cpu.exists():
+        lines = cpu.read_text().splitlines()
+        model = next((line for line in lines if line.startswith("model name")), model)
+    terminalreporter.line(f"{model.split(':')[-1].strip()}; {', '.join(native.available_isas())}")
+    for title, rows, ratios in _tables:
+        terminalreporter.line(title)
+        for name, value in rows.items():
+            terminalreporter.line(f"    {name:34} {value:10.4g}")
+        for name, value in ratios.items():
+            terminalreporter.line(f"    {name:34} {value:10.2f} x")

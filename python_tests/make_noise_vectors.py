@@ -1,0 +1,127 @@
+"""Writes noise_vectors.txt, the test vectors of the noise contract, from the reference backend.
+
+Run it only when NOISE_SPEC changes: `python python_tests/make_noise_vectors.py`. Other
+implementations of the contract can be checked against the table without this package.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import torch
+
+import zo_kernels as zk
+
+PATH = Path(__file__).with_name("noise_vectors.txt")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HEADER = f"""\
+# Test vectors of the noise contract, NOISE_SPEC {zk.NOISE_SPEC}. Written by make_noise_vectors.py.
+# All fields but `index` (decimal) are bit patterns in hexadecimal. Two kinds of lines:
+# normal  seed direction stream index  word normal
+#     the element's Philox word and its normal (binary32).
+# update  seed direction[,direction] stream index  src-type src  src-scale scale[,scale]  rounding
+#         dst-type dst
+#     dst = round(src_scale * src + sum_k scale_k normal_k), scales binary32; types fp32, bf16,
+#     fp16; rounding nearest or stochastic. Any NaN is an equal to any NaN.
+"""
+SEEDS = (0, 1, 2**63, 2**64 - 1)
+PLACES = (  # direction, stream
+    (0, 0),
+    (2**31 - 1, zk.stream_id("model.embed_tokens.weight")),
+    (2**31, 2**31),
+    (2**32 - 1, 2**32 - 1),
+)
+INDICES = (0, 1, 2, 3, 4, 65539, 2**32 + 5, 2**34 - 1, 2**34, 2**40 + 3, 2**62 - 1)
+SOURCES = {  # bit patterns: one, minus zero, a subnormal, the largest, minus infinity, NaN, -0.037
+    "fp32": (0x3F800000, 0x80000000, 0x00000007, 0x7F7FFFFF, 0xFF800000, 0x7FC00000, 0xBD178D50),
+    "bf16": (0x3F80, 0x8000, 0x0007, 0x7F7F, 0xFF80, 0x7FC0, 0xBD18),
+    "fp16": (0x3C00, 0x8000, 0x0007, 0x7BFF, 0xFC00, 0x7E00, 0xA8BC),
+}
+SCALES = (  # src scale, scales: an update, an evaluation, a decaying update, below every subnormal
+    (1.0, (1e-5,)),
+    (1.0, (1e-3,)),
+    (0.999, (-2e-4, 3e-4)),
+    (0.0, (1e-7,)),
+    (1.0, (1e-42,)),
+)
+
+
+def float_bits(value: float) -> int:
+    """The binary32 pattern of a number."""
+    return torch.tensor(value, dtype=torch.float32).view(torch.int32).item() & 0xFFFFFFFF
+
+
+def from_pattern(pattern: int, name: str) -> torch.Tensor:
+    """One element of the named type with that bit pattern."""
+    integer, size = (torch.int32, 32) if name == "fp32" else (torch.int16, 16)
+    signed = pattern - (1 << size) if pattern >> (size - 1) else pattern
+    return torch.tensor([signed], dtype=integer).view(DTYPES[name])
+
+
+def pattern_of(tensor: torch.Tensor, name: str) -> int:
+    """The bit pattern of a tensor of one element."""
+    if name == "fp32":
+        return tensor.view(torch.int32).item() & 0xFFFFFFFF
+    return tensor.view(torch.int16).item() & 0xFFFF
+
+
+def hexadecimal(pattern: int, name: str) -> str:
+    """As many digits as the named type has."""
+    return f"{pattern:0{8 if name == 'fp32' else 4}x}"
+
+
+def normal_lines() -> list[str]:
+    """Every seed at every place, the indices in turn."""
+    lines = []
+    for i, (seed, (direction, stream)) in enumerate(product(SEEDS, PLACES)):
+        for index in (*INDICES[i % 3 :: 3], INDICES[-1 - i % 4]):
+            address = {"seed": seed, "direction": direction, "stream": stream, "offset": index}
+            word = zk.random_words(1, **address, backend="reference").item()
+            z = float_bits(zk.normal(1, **address, backend="reference").item())
+            lines.append(
+                f"normal {seed:016x} {direction:08x} {stream:08x} {index} {word:08x} {z:08x}"
+            )
+    return lines
+
+
+def update_lines() -> list[str]:
+    """All type pairs, all sources, both roundings; addresses and scales in turn."""
+    lines = []
+    cases = product(DTYPES, DTYPES, range(7), ("nearest", "stochastic"))
+    for i, (src_name, dst_name, which, rounding) in enumerate(cases):
+        seed, (direction, stream) = SEEDS[i % 4], PLACES[i // 4 % 4]
+        index = INDICES[i % len(INDICES)]
+        source = SOURCES[src_name][which]
+        src_scale, scales = SCALES[i // 2 % len(SCALES)]
+        directions = [(direction + k) % 2**32 for k in range(len(scales))]
+        dst = torch.empty(1, dtype=DTYPES[dst_name])
+        zk.combine_(
+            [dst],
+            [from_pattern(source, src_name)],
+            scales,
+            seed=seed,
+            directions=directions,
+            streams=[stream],
+            offsets=[index],
+            rounding=rounding,
+            src_scale=src_scale,
+            backend="reference",
+        )
+        fields = [
+            f"update {seed:016x} {','.join(f'{d:08x}' for d in directions)} {stream:08x} {index}",
+            f"{src_name} {hexadecimal(source, src_name)} {float_bits(src_scale):08x}",
+            f"{','.join(f'{float_bits(c):08x}' for c in scales)} {rounding}",
+            f"{dst_name} {hexadecimal(pattern_of(dst, dst_name), dst_name)}",
+        ]
+        lines.append(" ".join(fields))
+    return lines
+
+
+def table() -> str:
+    """The whole file."""
+    return HEADER + "\n".join([*normal_lines(), *update_lines()]) + "\n"
+
+
+if __name__ == "__main__":
+    PATH.write_text(table())

@@ -1,0 +1,390 @@
+"""ZOSGD: the arithmetic of a step, what it refuses, what it survives, what it remembers."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from tiny_models import bits, tiny_batch, tiny_model
+
+import zo_kernels as zk
+from zo_kernels.moments import standard_deviation
+from zo_kernels.noise import stream_id
+from zo_kernels.optim import named_parameters
+
+
+def quadratic(size=400, dtype=torch.float32, seed=0):
+    """l = |w - t|^2 / 2 in float64, as a closure, and w."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.nn.Parameter(torch.randn(size, generator=generator).to(dtype))
+    target = torch.randn(size, generator=generator).double()
+    return weight, lambda: ((weight * 1.0).double() - target).square().sum() / 2
+
+
+def closure_of(model, batch=None):
+    batch = tiny_batch() if batch is None else batch
+    return lambda: model(**batch, use_cache=False).loss
+
+
+def same_bits(model, before):
+    after = bits(model)
+    return all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_one_step_is_its_formula(queries):
+    """theta - lr / Q sum_q g_q z_q, with g from losses evaluated at explicitly perturbed weights."""
+    weight, loss = quadratic()
+    start = weight.detach().clone()
+    lr, eps = 1e-3, 1e-2
+    optimizer = zk.ZOSGD([("w", weight)], lr=lr, eps=eps, queries=queries, seed=7)
+    optimizer.steps = 5
+    returned = optimizer.step(loss)
+    expected, losses = start.double(), []
+    scales = []
+    for q in range(queries):
+        z = zk.normal(400, seed=7, direction=5 * queries + q, stream=stream_id("w"))
+        pair = []
+        for sign in (1.0, -1.0):
+            with torch.no_grad():
+                weight.copy_(start)
+                address = {"seed": 7, "direction": 5 * queries + q, "streams": [stream_id("w")]}
+                zk.perturb_([weight], sign * eps, **address)
+                pair.append(float(loss()))
+        g = (pair[0] - pair[1]) / (2 * eps)
+        losses += pair
+        scales.append(-lr * g / queries)
+        expected = expected + scales[-1] * z.double()
+    assert optimizer.last_step.directions == [5 * queries + q for q in range(queries)]
+    assert returned == pytest.approx(sum(losses) / len(losses), rel=1e-12)
+    updated = start.clone()
+    zk.combine_(
+        [updated], [updated], scales, seed=7, directions=optimizer.last_step.directions,
+        streams=[stream_id("w")],
+    )  # fmt: skip
+    optimizer.steps = 5
+    with torch.no_grad():
+        weight.copy_(start)
+    optimizer.step(loss)
+    assert torch.equal(weight, updated)
+    assert torch.allclose(weight.double(), expected, atol=1e-6)
+
+
+def test_estimator_is_unbiased_with_the_known_variance():
+    """E g z = gradient and E |g z|^2 = (d + 2) |gradient|^2 on a linear loss."""
+    size, draws = 30, 4000
+    gradient = torch.linspace(-1, 1, size).double()
+    weight = torch.nn.Parameter(torch.zeros(size))
+    optimizer = zk.ZOSGD([("w", weight)], lr=0.0, eps=0.5)
+    estimates = []
+    for _ in range(draws):
+        optimizer.step(lambda: ((weight * 1.0).double() * gradient).sum())
+        record = optimizer.last_step
+        z = zk.normal(size, seed=0, direction=record.directions[0], stream=stream_id("w"))
+        estimates.append(record.projected_gradients[0] * z.double())
+    estimates = torch.stack(estimates)
+    error = estimates.mean(0) - gradient
+    # Each coordinate's variance is |g|^2 + g_i^2; 4.5 standard errors, 30 coordinates.
+    spread = ((gradient.square().sum() + gradient.square()) / draws).sqrt()
+    assert (error.abs() < 4.5 * spread).all()
+    second = estimates.square().sum(1).mean() / gradient.square().sum()
+    assert second == pytest.approx(size + 2, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_hundred_steps_with_zero_lr_leave_every_bit(dtype):
+    model = tiny_model("llama_tied", dtype)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0] = 0.0
+        model.model.layers[0].mlp.up_proj.weight[1] = -0.0
+        model.model.layers[0].mlp.up_proj.weight[2] = torch.finfo(dtype).tiny / 4
+    before = bits(model)
+    optimizer = zk.ZOSGD(model.named_parameters(), lr=0.0, eps=1e-2)
+    for _ in range(100):
+        optimizer.step(closure_of(model))
+    assert same_bits(model, before) and optimizer.steps == 100
+
+
+def test_the_loss_falls_on_a_model():
+    model = tiny_model("llama")
+    optimizer = zk.ZOSGD(model.named_parameters(), lr=1e-3, eps=1e-2)
+    losses = [optimizer.step(closure_of(model)) for _ in range(150)]
+    assert sum(losses[-20:]) / 20 < losses[0] - 0.3
+
+
+def test_bfloat16_updates_below_half_an_ulp_arrive():
+    """200 steps of 1/50 ulp each: nearest rounding would move nothing."""
+    weight = torch.nn.Parameter(torch.full((32768,), 1.0, dtype=torch.bfloat16))
+    optimizer = zk.ZOSGD([("w", weight)], lr=1.0, eps=1e-3)
+    total = torch.zeros(32768, dtype=torch.float64)
+    for _ in range(200):
+        z = zk.normal(32768, seed=0, direction=optimizer.steps, stream=stream_id("w"))
+        gradients = iter([1e-4 * 1e-3, -1e-4 * 1e-3])
+        optimizer.step(lambda g=gradients: next(g) + 0.0 * float(weight.sum()))
+        total -= 1e-4 * z.double()
+    moved = weight.detach().double() - 1.0
+    gain = float((moved * total).sum() / total.square().sum())
+    # Rounding noise: each update adds less than ulp^2 / 4, ulp = 2^-7 above and 2^-8 below 1.
+    standard_error = math.sqrt(200 * 32768 * total.square().mean() * 2**-7 * 8e-5) / float(
+        total.square().sum()
+    )
+    assert abs(gain - 1) < 4 * standard_error < 0.4
+
+
+def test_tied_weights_are_one_parameter():
+    model = tiny_model("llama_tied")
+    names = [name for name, _ in model.named_parameters()]
+    assert "lm_head.weight" not in names
+    optimizer = zk.ZOSGD(model.named_parameters(), lr=1e-2, eps=1e-2)
+    optimizer.step(closure_of(model))
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    shared = torch.randn(8, 8)
+    with pytest.raises(ValueError, match="memory of their own"):
+        zk.ZOSGD([("a", torch.nn.Parameter(shared)), ("b", torch.nn.Parameter(shared))])
+
+
+@pytest.mark.parametrize("bad_call", [0, 1, 2, 3])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_loss_skips_the_step(value, bad_call):
+    model = tiny_model("qwen2", torch.bfloat16)
+    before = bits(model)
+    optimizer = zk.ZOSGD(model.named_parameters(), lr=1.0, eps=1e-2, queries=2)
+    loss, calls = closure_of(model), []
+
+    def closure():
+        calls.append(0)
+        result = loss()
+        return value if len(calls) == bad_call + 1 else result
+
+    with pytest.warns(UserWarning, match="step 0 skipped: non-finite loss"):
+        optimizer.step(closure)
+    assert same_bits(model, before)
+    assert "non-finite" in optimizer.last_step.skipped and optimizer.steps == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(loss)
+    assert optimizer.last_step.skipped is None and not same_bits(model, before)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("bad_call", [1, 2])
+def test_an_exception_leaves_the_weights(error, bad_call):
+    model = tiny_model("llama", torch.float16)
+    before = bits(model)
+    optimizer = zk.ZOSGD(model.named_parameters(), lr=1.0, eps=1e-2)
+    calls = []
+
+    def closure():
+        calls.append(0)
+        if len(calls) == bad_call:
+            raise error
+        return closure_of(model)()
+
+    with pytest.raises(type(error)):
+        optimizer.step(closure)
+    assert same_bits(model, before) and optimizer.steps == 0
+    assert optimizer.last_step.skipped.startswith(type(error).__name__)
+
+
+def test_an_exception_in_mezo_mode_undoes_the_perturbation():
+    model = tiny_model("llama")
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = zk.ZOSGD(model.named_parameters(), eps=1e-1, mode="mezo")
+    with pytest.raises(RuntimeError, match="stop"):
+        optimizer.step(lambda: (_ for _ in ()).throw(RuntimeError("stop")))
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter, start[name], atol=1e-6)
+
+
+def test_relative_eps_scales_by_each_tensors_deviation():
+    generator = torch.Generator().manual_seed(0)
+    small = torch.nn.Parameter(torch.randn(500, generator=generator) * 0.01)
+    large = torch.nn.Parameter(torch.randn(500, generator=generator) * 10)
+    constant = torch.nn.Parameter(torch.ones(20))
+    named = [("small", small), ("large", large), ("constant", constant)]
+    start = {name: p.detach().clone() for name, p in named}
+    optimizer = zk.ZOSGD(named, lr=0.1, eps=0.5, relative_eps=True)
+    deltas = []
+
+    def closure():
+        deltas.append({name: (p * 1.0) - start[name] for name, p in named})
+        return 2.0 - len(deltas)  # 1, then 0: projected gradient 1 / (2 * 0.5) = 1
+
+    optimizer.step(closure)
+    for name in ("small", "large"):
+        s = standard_deviation(start[name])
+        z = zk.normal(500, seed=0, direction=0, stream=stream_id(name))
+        assert torch.allclose(deltas[0][name], 0.5 * s * z, rtol=1e-3, atol=1e-6 * s)
+        moved = dict(named)[name].detach() - start[name]
+        assert torch.allclose(moved, -0.1 * s * z, rtol=1e-3, atol=1e-6 * s)
+    assert torch.equal(constant, start["constant"])
+
+
+def test_update_norm_hits_its_target_and_follows_the_schedule():
+    model = tiny_model("llama")
+    target = 1e-3
+    optimizer = zk.ZOSGD(model.named_parameters(), lr=1.0, eps=1e-2, update_norm=target)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for step in range(3):
+        start = [p.detach().clone() for p in model.parameters()]
+        optimizer.step(closure_of(model))
+        scheduler.step()
+        moved = sum(
+            (a.detach() - b).square().sum() for a, b in zip(model.parameters(), start, strict=True)
+        )
+        norm = sum(b.square().sum() for b in start)
+        ratio = float((moved / norm).sqrt())
+        assert ratio == pytest.approx(target * 0.5**step, rel=0.05)
+        assert optimizer.last_step.update_ratio == pytest.approx(ratio, rel=0.05)
+
+
+def test_weight_decay_and_clipping():
+    weight, loss = quadratic()
+    start = weight.detach().clone()
+    optimizer = zk.ZOSGD(
+        [("w", weight)], lr=0.1, eps=1e-2, weight_decay=0.5, clip_projected_gradient=1e-3
+    )
+    optimizer.step(loss)
+    g = optimizer.last_step.projected_gradients[0]
+    assert abs(g) == 1e-3
+    z = zk.normal(400, seed=0, direction=0, stream=stream_id("w"))
+    assert torch.allclose(weight, start * 0.95 - 0.1 * g * z, atol=1e-6)
+
+
+def test_param_groups_have_their_own_lr_and_eps():
+    a, b = (torch.nn.Parameter(torch.zeros(300)) for _ in range(2))
+    optimizer = zk.ZOSGD(
+        [
+            {"params": [("a", a)], "lr": 0.1, "eps": 0.5},
+            {"params": [("b", b)], "eps": 0.25},
+        ],
+        lr=0.0,
+    )
+    seen = []
+
+    def closure():
+        seen.append(((a * 1.0).std().item(), (b * 1.0).std().item()))
+        return 2.0 - len(seen)
+
+    optimizer.step(closure)
+    assert seen[0][0] == pytest.approx(0.5, rel=0.15)
+    assert seen[0][1] == pytest.approx(0.25, rel=0.15)
+    assert a.detach().std() == pytest.approx(0.1, rel=0.15)  # lr * g, g = 1 / (2 * 0.5)
+    assert torch.equal(b, torch.zeros(300))
+
+
+def test_frozen_parameters_are_left_alone():
+    model = tiny_model("llama")
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before = bits(model)
+    optimizer = zk.ZOSGD(model.named_parameters(), lr=1e-2, eps=1e-2)
+    optimizer.step(closure_of(model))
+    after = bits(model)
+    name = "model.embed_tokens.weight"
+    assert torch.equal(after[name], before[name]) and not same_bits(model, before)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match="requires_grad=True, got none"):
+        optimizer.step(closure_of(model))
+
+
+@pytest.mark.parametrize("mode", ["streamed", "mezo"])
+def test_state_dict_round_trip_continues_bit_for_bit(mode, tmp_path):
+    options = {"lr": 1e-3, "eps": 0.1, "relative_eps": True, "queries": 2, "mode": mode, "seed": 9}
+    straight = tiny_model("llama", torch.bfloat16)
+    resumed = copy.deepcopy(straight)
+
+    def make(model, **changes):
+        optimizer = zk.ZOSGD(model.named_parameters(), **{**options, **changes})
+        return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+    def go(model, optimizer, scheduler, steps):
+        for _ in range(steps):
+            optimizer.step(closure_of(model))
+            scheduler.step()
+
+    first = make(straight)
+    go(straight, *first, 6)
+    second = make(resumed)
+    go(resumed, *second, 3)
+    torch.save([part.state_dict() for part in second], tmp_path / "state.pt")
+    torch.save(resumed.state_dict(), tmp_path / "model.pt")
+    third_model = tiny_model("llama", torch.bfloat16, seed=5)
+    third_model.load_state_dict(torch.load(tmp_path / "model.pt"))
+    third = make(third_model, seed=1, lr=5.0)
+    for part, state in zip(third, torch.load(tmp_path / "state.pt"), strict=True):
+        part.load_state_dict(state)
+    go(third_model, *third, 3)
+    assert same_bits(third_model, bits(straight)) and third[0].steps == 6
+
+
+def test_state_dict_of_another_run_is_refused():
+    a, b = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(3))
+    state = zk.ZOSGD([("a", a)]).state_dict()
+    with pytest.raises(ValueError, match="expected streams"):
+        zk.ZOSGD([("b", b)]).load_state_dict(state)
+    with pytest.raises(ValueError, match="expected mode mezo, got streamed"):
+        zk.ZOSGD([("a", a)], mode="mezo").load_state_dict(state)
+    state["zo"]["noise_spec"] = 99
+    with pytest.raises(ValueError, match="expected noise_spec 1, got 99"):
+        zk.ZOSGD([("a", a)]).load_state_dict(state)
+    with pytest.raises(ValueError, match="expected a ZOSGD state"):
+        zk.ZOSGD([("a", a)]).load_state_dict(torch.optim.SGD([b]).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"lr": -1.0}, ValueError, "lr: expected a finite value of at least 0"),
+        ({"eps": math.nan}, ValueError, "eps: expected a finite value"),
+        ({"eps": "big"}, TypeError, "eps: expected a number, got str"),
+        ({"queries": 0}, ValueError, "queries: expected an int of at least 1, got 0"),
+        ({"mode": "fast"}, ValueError, "mode: expected one of"),
+        ({"seed": -1}, ValueError, "seed: expected an int with 0 <= seed"),
+        ({"seed": 2**64}, ValueError, "seed: expected an int with 0 <= seed"),
+        ({"backend": "cuda"}, ValueError, "backend: expected None or one of"),
+        ({"clip_projected_gradient": -1.0}, ValueError, "clip_projected_gradient: expected"),
+    ],
+)
+def test_bad_options_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        zk.ZOSGD([("w", torch.nn.Parameter(torch.zeros(3)))], **options)
+
+
+def test_bad_parameters_are_named():
+    plain = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(TypeError, match="expected named parameters"):
+        zk.ZOSGD([plain])
+    double = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    with pytest.raises(TypeError, match="'w': expected float32, bfloat16 or float16, got torch.f"):
+        zk.ZOSGD([("w", double)])
+    strided = torch.nn.Parameter(torch.zeros(4, 6).t())
+    with pytest.raises(ValueError, match="'w': expected a contiguous parameter, got shape"):
+        zk.ZOSGD([("w", strided)])
+    with pytest.raises(TypeError, match="expected a closure"):
+        zk.ZOSGD([("w", plain)]).step()
+    with pytest.raises(TypeError, match=r"one-element loss, got a tensor of shape \(3,\)"):
+        zk.ZOSGD([("w", plain)]).step(lambda: plain * 1.0)
+
+
+def test_losses_that_are_plain_numbers_work():
+    """A non-differentiable objective: how many weights are negative."""
+    weight = torch.nn.Parameter(torch.randn(200, generator=torch.Generator().manual_seed(0)) * 0.1)
+    optimizer = zk.ZOSGD([("w", weight)], lr=1e-4, eps=0.1, queries=4)
+    before = int((weight < 0).sum())
+    for _ in range(200):
+        optimizer.step(lambda: int((weight < 0).sum()))
+    assert int((weight < 0).sum()) < before - 20
+
+
+def test_named_parameters_select_by_pattern():
+    model = tiny_model("llama_tied")
+    chosen = named_parameters(model, include=["*.mlp.*"], exclude=["*.1.*"])
+    assert [name for name, _ in chosen] == [
+        f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up", "down")
+    ]
+    with pytest.raises(ValueError, match=r"pattern '\*\.nothing' matches no parameter"):
+        named_parameters(model, include=["*.nothing"])
