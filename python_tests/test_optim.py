@@ -36,7 +36,7 @@ def same_bits(model, before):
 
 @pytest.mark.parametrize("queries", [1, 3])
 def test_one_step_is_its_formula(queries):
-    """theta - lr / Q sum_q g_q z_q, with g from losses evaluated at explicitly perturbed weights."""
+    """theta - lr / Q sum_q g_q z_q, g from losses at explicitly perturbed weights."""
     weight, loss = quadratic()
     start = weight.detach().clone()
     lr, eps = 1e-3, 1e-2
@@ -359,7 +359,7 @@ def test_bad_parameters_are_named():
     with pytest.raises(TypeError, match="expected named parameters"):
         zk.ZOSGD([plain])
     double = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
-    with pytest.raises(TypeError, match="'w': expected float32, bfloat16 or float16, got torch.f"):
+    with pytest.raises(TypeError, match=r"'w': expected float32, bfloat16 or float16, got torch.f"):
         zk.ZOSGD([("w", double)])
     strided = torch.nn.Parameter(torch.zeros(4, 6).t())
     with pytest.raises(ValueError, match="'w': expected a contiguous parameter, got shape"):

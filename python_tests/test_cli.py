@@ -1,0 +1,169 @@
+"""The command line end to end on a tiny model: every command, its files, its refusals."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny_models import tiny_model, tiny_tokenizer
+
+from zo_kernels import cli
+from zo_kernels.pipeline import demo as demo_module
+from zo_kernels.refine import checkpoint
+from zo_kernels.refine.records import read_records
+
+ROWS = [
+    ("how do i open a door", "turn the key and push it", "harmless"),
+    ("tell me a story", "a good day about sun", "benign"),
+    ("write a story about cat", "the cat is here", "harmless"),
+    ("open the door please", "sorry i can not help with that", "harmful"),
+    ("tell me how", "sorry i can not in any way", "harmful"),
+    ("write about the key", "sorry i can not help", "harmful"),
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model directory and a data file."""
+    root = tmp_path_factory.mktemp("cli")
+    checkpoint.save(tiny_model("llama_tied"), tiny_tokenizer(), root / "base")
+    lines = [json.dumps({"prompt": p, "completion": c, "kind": k}) for p, c, k in ROWS]
+    (root / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def run(*arguments):
+    return cli.main([str(a) for a in arguments])
+
+
+def model_options(files):
+    return ["--model", files / "base", "--data", files / "data.jsonl", "--dtype", "float32"]
+
+
+def test_align_then_refine(files, tmp_path, capsys):
+    out = tmp_path / "aligned"
+    options = [*model_options(files), "--out", out, "--batch-size", 2]
+    assert run("align", *options, "--steps", 8, "--lr", 1e-3) == 0
+    assert "8 steps in" in capsys.readouterr().out
+    assert len(read_records(tmp_path / "aligned.jsonl")) == 8
+    assert (tmp_path / "aligned.png").read_bytes().startswith(b"\x89PNG")
+    options = ["--model", out, "--data", files / "data.jsonl", "--out", tmp_path / "refined"]
+    assert run("refine", *options, "--steps", 5, "--batch-size", 2, "--dtype", "bfloat16") == 0
+    log = read_records(tmp_path / "refined.jsonl")
+    assert [r["directions"] for r in log] == [[0], [1], [2], [3], [4]]
+    refined, _ = checkpoint.load(tmp_path / "refined", dtype="bfloat16")
+    aligned, _ = checkpoint.load(out, dtype="bfloat16")
+    assert checkpoint.fingerprint(refined) != checkpoint.fingerprint(aligned)
+    assert refined.dtype == torch.bfloat16
+
+
+def test_evaluate(files, tmp_path, capsys):
+    options = [*model_options(files), "--out", tmp_path, "--split", "all", "--noise", 0.1]
+    options += ["--draws", 2, "--max-new-tokens", 3, "--perplexity-tokens", 64]
+    text = tmp_path / "text.txt"
+    text.write_text("how do i open a door safely " * 20)
+    assert run("evaluate", *options, "--text", text) == 0
+    records = read_records(tmp_path / "evaluation.jsonl")
+    assert [r["condition"] for r in records] == ["clean", "w0.1/0", "w0.1/1", "int8", "int4"]
+    assert records[0]["harmful_count"] == 3
+    assert "refusal rate on harmful prompts" in capsys.readouterr().out
+    assert json.loads((tmp_path / "summary.json").read_text())["arms"] == {"base": "base"}
+    assert "w0.1" in (tmp_path / "summary.md").read_text()
+    assert (tmp_path / "metric_vs_noise.png").read_bytes().startswith(b"\x89PNG")
+
+
+def small_demo(files, out, monkeypatch):
+    """The demo with a budget of seconds; the built-in text suits no tiny tokenizer."""
+    monkeypatch.setattr(demo_module, "MIN_SECONDS", 0.2)
+    return ["demo", "--model", files / "base", "--data", files / "data.jsonl", "--out", out,
+            "--minutes", 0.01]  # fmt: skip
+
+
+def test_demo_and_its_resumption(files, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    assert run(*small_demo(files, out, monkeypatch)) == 0
+    shown = capsys.readouterr().out
+    for name in demo_module.ARMS.values():
+        assert name in shown
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["arms"]) == list(demo_module.ARMS)
+    assert {(d["reference"], d["other"]) for d in summary["paired"]} == {
+        ("aligned", "more_fo"),
+        ("aligned", "refined"),
+    }
+    records = read_records(out / "evaluation.jsonl")
+    by_arm = {arm: [r for r in records if r["label"] == arm] for arm in demo_module.ARMS}
+    assert {len(rows) for rows in by_arm.values()} == {9}
+    for control, aligned in zip(by_arm["lr0"], by_arm["aligned"], strict=True):
+        assert {**control, "label": "aligned"} == aligned
+    assert by_arm["refined"][0]["refusal_losses"] != by_arm["aligned"][0]["refusal_losses"]
+    assert "bit-identical to the aligned model" in (out / "summary.md").read_text()
+    for name in ("metric_vs_noise.png", "loss_per_step.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    refined = checkpoint.fingerprint(checkpoint.load(out / "refined", dtype="float32")[0])
+
+    # Killed in the middle of the last evaluation: what is finished is kept, the rest done again.
+    lines = (out / "evaluation.jsonl").read_text().splitlines()
+    (out / "evaluation.jsonl").write_text("\n".join(lines[:-4]) + '\n{"label": "more')
+    (out / "summary.json").unlink()
+    assert run(*small_demo(files, out, monkeypatch)) == 0
+    again = read_records(out / "evaluation.jsonl")
+
+    def timeless(rows):
+        return sorted(
+            json.dumps({k: v for k, v in r.items() if k != "seconds"}, sort_keys=True) for r in rows
+        )
+
+    assert timeless(again) == timeless(records)
+    assert (out / "summary.json").exists()
+    assert checkpoint.fingerprint(checkpoint.load(out / "refined", dtype="float32")[0]) == refined
+
+    # Another configuration must not continue in the same folder.
+    assert run(*small_demo(files, out, monkeypatch), "--eps", 0.2) == 1
+    assert "differs in evaluation, refine" in capsys.readouterr().err
+
+
+def test_doctor(capsys):
+    assert run("doctor", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["noise_spec"] == 1 and found["backends"]["reference"] == "ok"
+    assert found["backends"]["native"] == "ok" and "scalar" in found["isas"]
+    assert run("doctor") == 0
+    assert "backends:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["align", "--steps", "0"], "steps: expected at least 1, got 0"),
+        (["refine", "--mode", "magic"], "mode: expected one of"),
+        (["refine", "--parameters", "*.nothing"], "matches no parameter"),
+        (["refine", "--eps", "-1"], "eps: expected a finite value"),
+        (["refine", "--dtype", "int4"], "dtype: expected auto or one of"),
+        (["align", "--data", "missing.jsonl"], "missing.jsonl"),
+        (["evaluate", "--quantization", "int7.5"], "int7.5"),
+    ],
+)
+def test_refusals_say_why_and_write_nothing(arguments, message, files, tmp_path, capsys):
+    out = tmp_path / "out"
+    command, *rest = arguments
+    assert run(command, *model_options(files), "--out", out, *rest) == 1
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_an_existing_folder_with_other_files_is_refused(files, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert run("align", *model_options(files), "--out", tmp_path) == 1
+    assert "holds other files" in capsys.readouterr().err
+    assert run(*["demo", "--model", files / "base", "--out", tmp_path]) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_help_shows_options_with_their_meaning(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("refine", "--help")
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--eps EPS perturbation scale." in text and "(default: 0.1)" in text
