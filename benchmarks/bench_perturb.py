@@ -17,7 +17,6 @@ from zo_kernels.backends import native
 
 NUMEL = 1 << 24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROUNDS = 9
 
 
 def weights(dtype: torch.dtype) -> torch.Tensor:
@@ -38,7 +37,7 @@ def perturb(tensor: torch.Tensor, isa: str | None = None, **options: object) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_perturb(benchmark, report, threads, dtype):
+def test_perturb(benchmark, report, rounds, threads, dtype):
     """One in-place pass; the rivals in the same rounds. Rates are elements per second."""
     tensor = weights(dtype)
     copy = torch.empty_like(tensor)
@@ -51,7 +50,7 @@ def test_perturb(benchmark, report, threads, dtype):
         "copy_": lambda: copy.copy_(tensor),
         **{f"zk.perturb_ {isa}": lambda isa=isa: perturb(tensor, isa) for isa in isas[1:]},
     }
-    times = interleave(cases, ROUNDS)
+    times = interleave(cases, rounds(9))
     rates = {f"{name} (G/s)": NUMEL / t / 1e9 for name, t in medians(times).items()}
     ratios = {
         f"{name} against MeZO": median_ratio(times, "MeZO normal + add_", name)
@@ -64,7 +63,7 @@ def test_perturb(benchmark, report, threads, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads(benchmark, report, dtype):
+def test_threads(benchmark, report, rounds, dtype):
     """Two threads against one, in the same rounds."""
     tensor = weights(dtype)
     before = torch.get_num_threads()
@@ -73,7 +72,7 @@ def test_threads(benchmark, report, dtype):
         torch.set_num_threads(count)
         perturb(tensor)
 
-    times = interleave({"1 thread": lambda: run(1), "2 threads": lambda: run(2)}, 2 * ROUNDS)
+    times = interleave({"1 thread": lambda: run(1), "2 threads": lambda: run(2)}, rounds(15))
     torch.set_num_threads(before)
     rates = {f"{name} (G/s)": NUMEL / t / 1e9 for name, t in medians(times).items()}
     ratio = {"2 threads against 1": median_ratio(times, "1 thread", "2 threads")}
@@ -82,14 +81,14 @@ def test_threads(benchmark, report, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_compiled_rival(benchmark, report, dtype):
+def test_compiled_rival(benchmark, report, rounds, dtype):
     """torch.compile of randn_like + add_, one thread; a 16th of the elements, for it is slow."""
     tensor = weights(dtype)[: NUMEL // 16].clone()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     compiled = torch.compile(lambda p: p.add_(torch.randn_like(p), alpha=1e-3))
     cases = {"torch.compile": lambda: compiled(tensor), "zk.perturb_": lambda: perturb(tensor)}
-    times = interleave(cases, 3)
+    times = interleave(cases, rounds(3))
     torch.set_num_threads(before)
     rates = {f"{name} (G/s)": tensor.numel() / t / 1e9 for name, t in medians(times).items()}
     ratio = {"zk.perturb_ against it": median_ratio(times, "torch.compile", "zk.perturb_")}
@@ -98,7 +97,7 @@ def test_compiled_rival(benchmark, report, dtype):
 
 
 @pytest.mark.parametrize("directions", [1, 2, 4, 8])
-def test_directions_in_one_pass(benchmark, report, directions):
+def test_directions_in_one_pass(benchmark, report, rounds, directions):
     """K directions in one pass against K passes (bfloat16, one thread)."""
     tensor = weights(torch.bfloat16)
     before = torch.get_num_threads()
@@ -113,7 +112,7 @@ def test_directions_in_one_pass(benchmark, report, directions):
         for k in range(directions):
             zk.perturb_([tensor], 1e-3, seed=1, direction=k, streams=streams)
 
-    times = interleave({"K passes": passes, "one pass": one_pass}, 5)
+    times = interleave({"K passes": passes, "one pass": one_pass}, rounds(5))
     torch.set_num_threads(before)
     per = {f"{name} (ms)": t * 1e3 for name, t in medians(times).items()}
     report(f"{directions} directions", per, {"gain": median_ratio(times, "K passes", "one pass")})

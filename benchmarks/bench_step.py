@@ -20,7 +20,6 @@ from zo_kernels.pipeline.smollm2 import prepare
 from zo_kernels.refine.checkpoint import load
 
 LR, EPS = 1e-9, 1e-3
-ROUNDS = 5
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def directory():
 
 @pytest.mark.parametrize("shape", [(4, 128), (8, 512)], ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_step(benchmark, report, directory, dtype, shape):
+def test_step(benchmark, report, rounds, directory, dtype, shape):
     """Two threads; rows are seconds, ratios against two bare forwards of the same rounds."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -55,8 +54,7 @@ def test_step(benchmark, report, directory, dtype, shape):
         "ZOSGD mezo (fused passes)": lambda: in_place.step(loss),
         "MeZO's loop": lambda: mezo.step(parameters, loss, EPS, LR, 1),
     }
-    rounds = ROUNDS if shape == (4, 128) else 3
-    times = interleave(cases, rounds)
+    times = interleave(cases, rounds(5 if shape == (4, 128) else 3))
     ratios = {
         f"{name} / two forwards": median_ratio(times, name, "two bare forwards")
         for name in cases

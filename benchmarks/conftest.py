@@ -14,6 +14,17 @@ from zo_kernels.backends import native
 _tables: list[tuple[str, dict[str, float], dict[str, float]]] = []
 
 
+def pytest_addoption(parser) -> None:
+    """How often each case runs."""
+    parser.addoption("--rounds", type=int, default=None, help="interleaved rounds of each table")
+
+
+@pytest.fixture
+def rounds(request) -> Callable[[int], int]:
+    """The number of rounds: the default of the benchmark, or --rounds."""
+    return lambda default: request.config.getoption("--rounds") or default
+
+
 @pytest.fixture
 def report(benchmark) -> Callable[[str, dict[str, float], dict[str, float]], None]:
     """Keep a table: title, seconds (or other numbers) by row, ratios by name."""

@@ -1,4 +1,4 @@
-"""The rival: MeZO's arithmetic as its users run it (princeton-nlp/MeZO, large_models/trainer.py)."""
+"""The rival: MeZO's loop as its users run it (princeton-nlp/MeZO, large_models/trainer.py)."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "ieee.h"
 #include "parallel.h"
 
 namespace py = pybind11;
@@ -18,11 +19,18 @@ namespace {
 using zo::Job;
 using zo::Task;
 
+// Python's numbers as binary32. Under flush-to-zero the conversion would lose subnormals, so it
+// is done here and not by pybind11, and out of line, so that it stays inside the guard.
+__attribute__((noinline)) std::vector<float> as_floats(const std::vector<double>& values) {
+  const zo::IeeeArithmetic guard;
+  return std::vector<float>(values.begin(), values.end());
+}
+
 void combine(const std::string& isa, const std::vector<uint64_t>& dst,
              const std::vector<uint64_t>& src, const std::vector<uint64_t>& numel,
              const std::vector<uint64_t>& offset, const std::vector<uint32_t>& stream,
-             const std::vector<uint32_t>& direction, const std::vector<float>& scale,
-             float src_scale, uint64_t seed, int src_dtype, int dst_dtype, bool stochastic,
+             const std::vector<uint32_t>& direction, const std::vector<double>& scale,
+             double src_scale, uint64_t seed, int src_dtype, int dst_dtype, bool stochastic,
              int threads) {
   const size_t tensors = dst.size();
   if (src.size() != tensors || numel.size() != tensors || offset.size() != tensors ||
@@ -32,6 +40,8 @@ void combine(const std::string& isa, const std::vector<uint64_t>& dst,
     throw std::invalid_argument("combine: unknown dtype code");
   const zo::Kernel kernel =
       zo::kernels_named(isa).combine[src_dtype].at[dst_dtype][stochastic ? 1 : 0];
+  const std::vector<float> factors = as_floats(scale);
+  const float src_factor = as_floats({src_scale})[0];
   std::vector<Task> tasks;
   tasks.reserve(tensors);
   for (size_t t = 0; t < tensors; ++t) {
@@ -43,8 +53,8 @@ void combine(const std::string& isa, const std::vector<uint64_t>& dst,
                      stream[t],
                      static_cast<int>(direction.size()),
                      direction.data(),
-                     scale.data() + t * direction.size(),
-                     src_scale};
+                     factors.data() + t * direction.size(),
+                     src_factor};
     tasks.push_back({kernel, job, zo::itemsize(src_dtype), zo::itemsize(dst_dtype)});
   }
   const py::gil_scoped_release release;

@@ -27,35 +27,44 @@ constexpr float SINE[4] = {0x1.921f5cp+1f, -0x1.4ab276p+2f, 0x1.455cd6p+1f, -0x1
 constexpr float COSINE[4] = {0x1.ffff20p-1f, -0x1.3bc5a8p+2f, 0x1.02a486p+2f, -0x1.38de84p+0f};
 constexpr uint32_t RSQRT_SEED = 0x5F1FF800u;
 
-// Round keys, 32 bits each, held in 64 so that one load broadcasts them to the wide lanes.
 struct Keys {
-  uint64_t k0[PHILOX_ROUNDS], k1[PHILOX_ROUNDS];
+  WideKey k0[PHILOX_ROUNDS], k1[PHILOX_ROUNDS];
+  uint64_t first_k0, first_k1, second_k0, second_k1, third_k1;  // those that Prologue absorbs
 };
 
 inline Keys make_keys(uint64_t seed) {
   Keys keys;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  keys.first_k0 = k0;
+  keys.first_k1 = k1;
+  keys.second_k0 = k0 + PHILOX_W0;
+  keys.second_k1 = k1 + PHILOX_W1;
+  keys.third_k1 = k1 + 2 * PHILOX_W1;
   for (int r = 0; r < PHILOX_ROUNDS; ++r) {
-    keys.k0[r] = k0;
-    keys.k1[r] = k1;
+    keys.k0[r] = wide_key(k0);
+    keys.k1[r] = wide_key(k1);
     k0 += PHILOX_W0;
     k1 += PHILOX_W1;
   }
   return keys;
 }
 
-// The part of the first two rounds that is the same for all counters of one (stream, direction)
-// with equal high block words: half of their multiplications leave the inner loop.
+// The part of the first rounds that is the same for all counters of one (stream, direction) with
+// equal high block words: half of the multiplications of two rounds leave the inner loop.
 struct Prologue {
-  uint64_t round1_c2, round2_c0, round2_c2, round2_c3;
+  WideKey round1_c2, round2_c0, round2_c2, round3_c2;
 };
 
 inline Prologue make_prologue(const Keys& keys, uint32_t block_hi, uint32_t stream,
                               uint32_t direction) {
+  const uint64_t low = 0xFFFFFFFFu;
   const uint64_t stream_product = static_cast<uint64_t>(stream) * PHILOX_M1;
-  const uint64_t product = ((stream_product >> 32) ^ block_hi ^ keys.k0[0]) * PHILOX_M0;
-  return {direction ^ keys.k1[0], (stream_product & 0xFFFFFFFFu) ^ keys.k0[1],
-          (product >> 32) ^ keys.k1[1], product & 0xFFFFFFFFu};
+  const uint64_t c0 = ((stream_product >> 32) ^ block_hi ^ keys.first_k0) & low;
+  const uint64_t product = c0 * PHILOX_M0;
+  return {wide_key((direction ^ keys.first_k1) & low),
+          wide_key((stream_product ^ keys.second_k0) & low),
+          wide_key(((product >> 32) ^ keys.second_k1) & low),
+          wide_key((product ^ keys.third_k1) & low)};
 }
 
 // The four words of counters base .. base + W - 1 (base a multiple of W), in the wrapper's lane
@@ -70,7 +79,7 @@ inline void philox(uint32_t base, const Prologue& p, const Keys& keys, VI words[
     const Wide p0 = wide_mul(c0, PHILOX_M0), p1 = wide_mul(c2, PHILOX_M1);
     c0 = wide_xor3(wide_hi(p1), c1, keys.k0[2]);
     c1 = p1;
-    c2 = wide_xor(wide_hi(p0), p.round2_c3 ^ keys.k1[2]);
+    c2 = wide_xor(wide_hi(p0), p.round3_c2);
     c3 = p0;
   }
 #pragma GCC unroll 8

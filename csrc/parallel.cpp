@@ -2,9 +2,8 @@
 
 #include <algorithm>
 #include <cstddef>
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
+
+#include "ieee.h"
 
 namespace zo {
 namespace {
@@ -12,28 +11,6 @@ namespace {
 // Elements per piece: small enough to balance two threads over one layer, large enough that the
 // set-up is lost in it, and a divisor of 2^34, where the high counter word changes.
 constexpr uint64_t PIECE = uint64_t{1} << 16;
-
-// torch.set_flush_denormal and other libraries may leave flush-to-zero or another rounding mode
-// in the thread; the contract needs IEEE arithmetic.
-class IeeeArithmetic {
- public:
-#if defined(__x86_64__)
-  IeeeArithmetic() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
-  ~IeeeArithmetic() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#elif defined(__aarch64__)
-  IeeeArithmetic() {
-    __asm__ __volatile__("mrs %0, fpcr" : "=r"(saved_));
-    __asm__ __volatile__("msr fpcr, %0" : : "r"(uint64_t{0}));
-  }
-  ~IeeeArithmetic() { __asm__ __volatile__("msr fpcr, %0" : : "r"(saved_)); }
-
- private:
-  uint64_t saved_;
-#endif
-};
 
 }  // namespace
 

@@ -132,9 +132,9 @@ void combine(const Job& job) {
       random[j] = splat(0u);
     }
     for (int k = 0; k <= last; ++k) {
-      const Prologue prologue = k < MAX_PROLOGUES
-                                    ? prologues[k]
-                                    : make_prologue(keys, block_hi, job.stream, job.direction[k]);
+      Prologue spare;
+      if (k >= MAX_PROLOGUES) spare = make_prologue(keys, block_hi, job.stream, job.direction[k]);
+      const Prologue& prologue = k < MAX_PROLOGUES ? prologues[k] : spare;
       if (STOCHASTIC && k == last)
         draw<true>(block, prologue, keys, z, random);
       else

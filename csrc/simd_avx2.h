@@ -14,6 +14,10 @@ using VI = __m256i;
 struct Wide {
   __m256i even, odd;
 };
+// Broadcast in memory, so that the xor takes it as its operand.
+struct WideKey {
+  __m256i lanes;
+};
 
 inline VF splat(float x) { return _mm256_set1_ps(x); }
 inline VI splat(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
@@ -57,14 +61,13 @@ inline Wide wide_mul(Wide a, uint32_t m) {
 inline Wide wide_hi(Wide a) {
   return {_mm256_srli_epi64(a.even, 32), _mm256_srli_epi64(a.odd, 32)};
 }
-inline Wide wide_xor(Wide a, uint64_t b) {
-  const __m256i v = _mm256_set1_epi64x(static_cast<int64_t>(b));
-  return {_mm256_xor_si256(a.even, v), _mm256_xor_si256(a.odd, v)};
+inline WideKey wide_key(uint64_t k) { return {_mm256_set1_epi64x(static_cast<int64_t>(k))}; }
+inline Wide wide_xor(Wide a, const WideKey& b) {
+  return {_mm256_xor_si256(a.even, b.lanes), _mm256_xor_si256(a.odd, b.lanes)};
 }
-inline Wide wide_xor3(Wide a, Wide b, uint64_t c) {
-  const __m256i v = _mm256_set1_epi64x(static_cast<int64_t>(c));
-  return {_mm256_xor_si256(_mm256_xor_si256(b.even, v), a.even),
-          _mm256_xor_si256(_mm256_xor_si256(b.odd, v), a.odd)};
+inline Wide wide_xor3(Wide a, Wide b, const WideKey& c) {
+  return {_mm256_xor_si256(_mm256_xor_si256(b.even, c.lanes), a.even),
+          _mm256_xor_si256(_mm256_xor_si256(b.odd, c.lanes), a.odd)};
 }
 inline VI wide_merge(Wide a) {
   return _mm256_blend_epi32(a.even, _mm256_slli_epi64(a.odd, 32), 0xAA);

@@ -15,6 +15,7 @@ using VI = __m512i;
 struct Wide {
   __m512i even, odd;
 };
+using WideKey = uint64_t;  // broadcast by the instruction that reads it
 
 inline VF splat(float x) { return _mm512_set1_ps(x); }
 inline VI splat(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
@@ -48,6 +49,7 @@ inline VI select_less(VI a, VI b, VI yes, VI no) {
 
 // 32-bit lane 4 L + s (s < 4) holds counter base + 4 s + L, so that the in-lane 4x4 transpose of
 // the four words gives element order.
+inline WideKey wide_key(uint64_t k) { return k; }
 inline Wide wide_counters(uint32_t base) {
   const __m512i b = _mm512_set1_epi64(base);
   return {_mm512_or_si512(b, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11)),
@@ -60,11 +62,11 @@ inline Wide wide_mul(Wide a, uint32_t m) {
 inline Wide wide_hi(Wide a) {
   return {_mm512_srli_epi64(a.even, 32), _mm512_srli_epi64(a.odd, 32)};
 }
-inline Wide wide_xor(Wide a, uint64_t b) {
+inline Wide wide_xor(Wide a, WideKey b) {
   const __m512i v = _mm512_set1_epi64(static_cast<int64_t>(b));
   return {_mm512_xor_si512(a.even, v), _mm512_xor_si512(a.odd, v)};
 }
-inline Wide wide_xor3(Wide a, Wide b, uint64_t c) {  // 0x96: a ^ b ^ c
+inline Wide wide_xor3(Wide a, Wide b, WideKey c) {  // 0x96: a ^ b ^ c
   const __m512i v = _mm512_set1_epi64(static_cast<int64_t>(c));
   return {_mm512_ternarylogic_epi64(a.even, b.even, v, 0x96),
           _mm512_ternarylogic_epi64(a.odd, b.odd, v, 0x96)};

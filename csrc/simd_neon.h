@@ -14,6 +14,7 @@ using VI = uint32x4_t;
 struct Wide {
   uint64x2_t low, high;
 };
+using WideKey = uint64_t;
 
 inline VF splat(float x) { return vdupq_n_f32(x); }
 inline VI splat(uint32_t x) { return vdupq_n_u32(x); }
@@ -43,6 +44,7 @@ inline VI select_nan(VF v, VI if_nan, VI otherwise) {
 }
 inline VI select_less(VI a, VI b, VI yes, VI no) { return vbslq_u32(vcltq_u32(a, b), yes, no); }
 
+inline WideKey wide_key(uint64_t k) { return k; }
 inline Wide wide_counters(uint32_t base) {
   const uint64_t low[2] = {0, 1}, high[2] = {2, 3};
   const uint64x2_t b = vdupq_n_u64(base);
@@ -53,11 +55,11 @@ inline Wide wide_mul(Wide a, uint32_t m) {
   return {vmull_u32(vmovn_u64(a.low), v), vmull_u32(vmovn_u64(a.high), v)};
 }
 inline Wide wide_hi(Wide a) { return {vshrq_n_u64(a.low, 32), vshrq_n_u64(a.high, 32)}; }
-inline Wide wide_xor(Wide a, uint64_t b) {
+inline Wide wide_xor(Wide a, WideKey b) {
   const uint64x2_t v = vdupq_n_u64(b);
   return {veorq_u64(a.low, v), veorq_u64(a.high, v)};
 }
-inline Wide wide_xor3(Wide a, Wide b, uint64_t c) {
+inline Wide wide_xor3(Wide a, Wide b, WideKey c) {
   const uint64x2_t v = vdupq_n_u64(c);
   return {veorq_u64(veorq_u64(a.low, b.low), v), veorq_u64(veorq_u64(a.high, b.high), v)};
 }

@@ -12,7 +12,8 @@ using VF = float;
 struct VI {
   uint32_t v;
 };
-using Wide = uint64_t;  // one counter word in the low half; what is above is ignored
+using Wide = uint64_t;     // one counter word in the low half; what is above is ignored
+using WideKey = uint64_t;  // a 32-bit value as wide_xor wants it in memory
 
 inline VF splat(float x) { return x; }
 inline VI splat(uint32_t x) { return {x}; }
@@ -47,13 +48,14 @@ inline VI select_nan(VF v, VI if_nan, VI otherwise) { return v != v ? if_nan : o
 // Lanes where the integer a, below 2^31, is smaller than b.
 inline VI select_less(VI a, VI b, VI yes, VI no) { return a.v < b.v ? yes : no; }
 
+inline WideKey wide_key(uint64_t k) { return k; }
 inline Wide wide_counters(uint32_t base) { return base; }
 inline Wide wide_mul(Wide a, uint32_t m) {
   return static_cast<uint64_t>(static_cast<uint32_t>(a)) * m;
 }
 inline Wide wide_hi(Wide a) { return a >> 32; }
-inline Wide wide_xor(Wide a, uint64_t b) { return a ^ b; }
-inline Wide wide_xor3(Wide a, Wide b, uint64_t c) { return a ^ b ^ c; }
+inline Wide wide_xor(Wide a, WideKey b) { return a ^ b; }
+inline Wide wide_xor3(Wide a, Wide b, WideKey c) { return a ^ b ^ c; }
 inline VI wide_merge(Wide a) { return {static_cast<uint32_t>(a)}; }
 inline void transpose(VF*) {}
 

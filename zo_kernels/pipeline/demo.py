@@ -51,7 +51,7 @@ class DemoConfig:
     """
 
     minutes: float = 14.0
-    align: AlignConfig = field(default_factory=lambda: AlignConfig(steps=60, lr=1e-4))
+    align: AlignConfig = field(default_factory=lambda: AlignConfig(steps=40, lr=1e-4))
     refine: RefineConfig = field(default_factory=lambda: RefineConfig(steps=10_000))
     evaluation: EvaluationConfig | None = None
     max_length: int = 256
@@ -62,10 +62,10 @@ def default_evaluation(noise: Sequence[float], eps: float) -> EvaluationConfig:
     return EvaluationConfig(
         noise=tuple(noise),
         draws=3,
-        max_new_tokens=12,
+        max_new_tokens=10,
         batch_size=16,
         max_prompts=16,
-        perplexity_tokens=512,
+        perplexity_tokens=256,
         generate_under=("clean", *(f"w{level:g}" for level in noise if level == eps), "int4"),
     )
 

@@ -12,8 +12,15 @@ from triton import knobs
 from zo_kernels.backends.triton import perturb as _perturb
 from zo_kernels.backends.triton.interpreter import mend
 
-#: A multiply and an add must not be contracted: the noise contract has none but explicit fma.
-COMPILE_OPTIONS = {"enable_fp_fusion": False, "num_warps": _perturb.NUM_WARPS}
+
+def compile_options(warp_size: int) -> dict:
+    """Options of every kernel: nothing contracted, and one thread per lane of the kernels.
+
+    The noise contract has no multiply-add but explicit fma. More threads than lanes (4 warps of 64)
+    would narrow the accesses to 8 bytes and send them through shared memory.
+    """
+    return {"enable_fp_fusion": False, "num_warps": _perturb.LANES // warp_size}
+
 
 if knobs.runtime.interpret:
     mend()
@@ -40,8 +47,12 @@ def _on(device: torch.device) -> AbstractContextManager:
     return torch.get_device_module(device).device(device)
 
 
-def _options() -> dict:
-    return {} if interpreting() else COMPILE_OPTIONS
+def _options(device: torch.device) -> dict:
+    if interpreting():
+        return {}
+    # AMD's data centre GPUs have warps of 64; torch.xpu's Triton takes its own from 32.
+    wide = device.type == "cuda" and torch.version.hip is not None
+    return compile_options(torch.cuda.get_device_properties(device).warp_size if wide else 32)
 
 
 def combine_(
@@ -90,7 +101,7 @@ def combine_(
                 SINGLE=len(directions) == 1,
                 LANES=_perturb.LANES,
                 STEPS=_perturb.STEPS,
-                **_options(),
+                **_options(device),
             )
 
 
@@ -111,7 +122,7 @@ def _emit(count: int, dtype: torch.dtype, address: dict, device: torch.device) -
             _perturb.signed(address["direction"]),
             NORMAL=dtype == torch.float32,
             LANES=lanes,
-            **_options(),
+            **_options(device),
         )
     return out
 

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from zo_kernels.backends.triton.noise import normals, normals_and_bits, philox, round_stochastic
 
-LANES = 128  # per inner step: 4 warps of 32
+LANES = 128  # per inner step, one per thread
 STEPS = 16  # inner steps per program: the table look-ups are shared by 16 * 128 * 8 elements
-NUM_WARPS = 4
 # Rows of the int64 table, one column per tensor.
 FIRST_TILE, DST, SRC, BEGIN, END, STREAM, ROWS = range(7)
 TRITON_DTYPES = {
