@@ -20,8 +20,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
-from zo_kernels.backends import native  # noqa: E402  (after the settings above)
-from zo_kernels.ops import backend_reasons  # noqa: E402
+# After the settings above.
+from zo_kernels.backends import native
+from zo_kernels.ops import backend_reasons
 
 ISAS = native.available_isas()
 BACKENDS = ["reference", *(f"native-{isa}" for isa in ISAS), "triton"]

@@ -1,4 +1,4 @@
-"""Shared by the tests: comparing bits, hard weights, and an independent Philox in plain integers."""
+"""Shared by the tests: comparing bits, hard weights, an independent Philox in plain integers."""
 
 from __future__ import annotations
 
@@ -39,11 +39,15 @@ def special_values(dtype: torch.dtype) -> Tensor:
     info = torch.finfo(dtype)
     step = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}[dtype]
     values = [0.0, step, 3 * step, info.tiny - step, info.tiny, 1.0, info.max, torch.inf]
-    return torch.tensor([x for v in values for x in (v, -v)] + [torch.nan], dtype=dtype)
+    numbers = torch.tensor([x for v in values for x in (v, -v)] + [torch.nan], dtype=dtype)
+    # The NaN with all bits set (GPUs make it): adding rounding bits to its pattern would wrap.
+    integer = torch.int32 if dtype == torch.float32 else torch.int16
+    full = torch.tensor([torch.iinfo(integer).max, -1], dtype=integer).view(dtype)
+    return torch.cat([numbers, full])
 
 
 def weights(shape: int | Sequence[int], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Weights of many magnitudes; from 17 elements on every third one is a special value."""
+    """Weights of many magnitudes; from 19 elements on every third one is a special value."""
     generator = torch.Generator().manual_seed(seed)
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     count = int(np.prod(shape))

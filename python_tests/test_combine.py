@@ -7,7 +7,7 @@ committed table, and test_definition below to an evaluation in exact rational ar
 from __future__ import annotations
 
 from fractions import Fraction
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -68,6 +68,23 @@ def test_same_bits_as_the_reference(backend, device, src_dtype, dst_dtype, round
         assert_same_bits(d, e, case)
         assert_same_bits(s, original, case)
         assert_borders_intact(buffer, d)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("src_dtype, dst_dtype", PAIRS, ids=PAIR_IDS)
+def test_aligned_tensors_and_their_ends(backend, device, src_dtype, dst_dtype, rounding):
+    """Aligned memory from a multiple of 1024 on: 16-byte accesses in Triton, then a ragged end."""
+    source = weights(1024 + 7, src_dtype)
+    options = {"seed": SEED, "directions": [2**31], "streams": [9], "offsets": [2**34 - 1024]}
+    expected = combined(
+        "reference", "cpu", [source], [dst_dtype], [3e-3], rounding=rounding, **options
+    )
+    _, src = bordered(source, device, shift=0)
+    buffer, dst = bordered(torch.empty_like(expected[0]), device, shift=0)
+    assert src.data_ptr() % 16 == dst.data_ptr() % 16 == 0
+    zk.combine_([dst], [src], [3e-3], rounding=rounding, backend=backend, **options)
+    assert_same_bits(dst, expected[0])
+    assert_borders_intact(buffer, dst)
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
@@ -205,7 +222,7 @@ def test_stochastic_rounding_is_unbiased(dtype, weight):
 def test_stochastic_rounding_below_the_range_of_half(backend, device):
     """float16 below 2^-14 rounds to nearest, from 2^-14 on by the bits; NaN, inf, zero stay."""
     tiny = torch.finfo(torch.float16).tiny
-    values = torch.tensor([tiny * (1 - 2**-13), tiny * 0.3, 1e-7, -3e-8, -0.0, 0.0, torch.nan])
+    values = torch.tensor([tiny * (1 - 2**-13), tiny * 0.3, 1e-7, -3e-8, 0.0, torch.nan])
     values = torch.cat([values, torch.tensor([torch.inf, -torch.inf])]).repeat(8)
     options = {"seed": 0, "directions": [0], "streams": [0], "rounding": "stochastic"}
     (out,) = combined(backend, device, [values], [torch.float16], [0.0], **options)
@@ -234,7 +251,7 @@ def test_streams_and_offsets_address_one_long_tensor(backend, device):
     options = {"seed": 5, "direction": 6, "rounding": "stochastic", "backend": backend}
     expected = whole.clone().to(device)
     zk.perturb_([expected], 1e-2, streams=[7], offsets=[offset], **options)
-    parts = [whole[a:b].clone().to(device) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [whole[a:b].clone().to(device) for a, b in pairwise(cuts)]
     starts = [offset + a for a in cuts[:-1]]
     zk.perturb_(parts, 1e-2, streams=[7] * 4, offsets=starts, **options)
     assert_same_bits(torch.cat(parts), expected.cpu())

@@ -182,8 +182,9 @@ def test_stream_id_is_sha256():
     ],
 )
 def test_canonical_names(name, canonical):
-    """Wrappers and PEFT leave no mark on the name of a base weight."""
+    """Wrappers and PEFT leave no mark on the name of a base weight; saved names stay as saved."""
     assert noise.canonical_name(name) == canonical
+    assert noise.canonical_name(canonical) == canonical
 
 
 def test_assign_streams_resolves_collisions_whatever_the_order(monkeypatch):

@@ -74,9 +74,12 @@ RANDOM_WALK = 0xC000_0000
 RESERVED_RANGE = 1 << 28
 
 _WRAPPER_SEGMENTS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# PEFT keeps an adapter's parameters under its name and saves them without it: a module dictionary
+# (lora_A.default.weight -> lora_A.weight) or a parameter dictionary (lora_embedding_A.default).
 _PEFT_ADAPTER = re.compile(
-    r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\.[^.]+(?=\.|$)"
+    r"\.(lora_A|lora_B|lora_magnitude_vector)\.[^.]+(?=\.)|\.(lora_embedding_[AB])\.[^.]+$"
 )
+_PEFT_SEGMENT = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -88,8 +91,8 @@ def canonical_name(name: str) -> str:
     the name PEFT saves them under (prefix kept, adapter name removed).
     """
     name = ".".join(part for part in name.split(".") if part not in _WRAPPER_SEGMENTS)
-    if _PEFT_ADAPTER.search(name):
-        return _PEFT_ADAPTER.sub(r".\1", name)
+    if _PEFT_SEGMENT.search(name):
+        return _PEFT_ADAPTER.sub(lambda match: "." + (match[1] or match[2]), name)
     return name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
 
 

@@ -1,0 +1,164 @@
+// Emulation of the NEON intrinsics that csrc/simd_neon.h uses, as loops over arrays, after the
+// pseudocode of Arm's intrinsics reference. Conversions to and from half share x86/immintrin.h's.
+#pragma once
+
+#include "../x86/immintrin.h"
+
+struct float32x4_t {
+  float v[4];
+};
+struct int32x4_t {
+  int32_t v[4];
+};
+struct uint32x4_t {
+  uint32_t v[4];
+};
+struct uint32x2_t {
+  uint32_t v[2];
+};
+struct uint64x2_t {
+  uint64_t v[2];
+};
+struct float64x2_t {
+  uint64_t v[2];
+};
+struct uint16x4_t {
+  uint16_t v[4];
+};
+struct float16x4_t {
+  uint16_t v[4];
+};
+
+#define ZO_LANES for (int i = 0; i < 4; ++i)
+#define ZO_PAIR for (int i = 0; i < 2; ++i)
+
+inline float32x4_t vdupq_n_f32(float x) { return {{x, x, x, x}}; }
+inline uint32x4_t vdupq_n_u32(uint32_t x) { return {{x, x, x, x}}; }
+inline uint32x2_t vdup_n_u32(uint32_t x) { return {{x, x}}; }
+inline uint64x2_t vdupq_n_u64(uint64_t x) { return {{x, x}}; }
+
+inline float32x4_t vfmaq_f32(float32x4_t a, float32x4_t b, float32x4_t c) {  // a + b * c
+  ZO_LANES a.v[i] = std::fma(b.v[i], c.v[i], a.v[i]);
+  return a;
+}
+inline float32x4_t vmulq_f32(float32x4_t a, float32x4_t b) {
+  ZO_LANES a.v[i] *= b.v[i];
+  return a;
+}
+inline float32x4_t vsubq_f32(float32x4_t a, float32x4_t b) {
+  ZO_LANES a.v[i] -= b.v[i];
+  return a;
+}
+inline uint32x4_t vaddq_u32(uint32x4_t a, uint32x4_t b) {
+  ZO_LANES a.v[i] += b.v[i];
+  return a;
+}
+inline uint32x4_t vsubq_u32(uint32x4_t a, uint32x4_t b) {
+  ZO_LANES a.v[i] -= b.v[i];
+  return a;
+}
+inline uint32x4_t vandq_u32(uint32x4_t a, uint32x4_t b) {
+  ZO_LANES a.v[i] &= b.v[i];
+  return a;
+}
+inline uint32x4_t vorrq_u32(uint32x4_t a, uint32x4_t b) {
+  ZO_LANES a.v[i] |= b.v[i];
+  return a;
+}
+inline uint32x4_t veorq_u32(uint32x4_t a, uint32x4_t b) {
+  ZO_LANES a.v[i] ^= b.v[i];
+  return a;
+}
+inline uint32x4_t vshlq_n_u32(uint32x4_t a, int n) {
+  ZO_LANES a.v[i] <<= n;
+  return a;
+}
+inline uint32x4_t vshrq_n_u32(uint32x4_t a, int n) {
+  ZO_LANES a.v[i] >>= n;
+  return a;
+}
+inline float32x4_t vcvtq_f32_s32(int32x4_t a) {
+  float32x4_t r;
+  ZO_LANES r.v[i] = static_cast<float>(a.v[i]);
+  return r;
+}
+inline int32x4_t vreinterpretq_s32_u32(uint32x4_t a) { return emulation::cast<int32x4_t>(a); }
+inline uint32x4_t vreinterpretq_u32_f32(float32x4_t a) { return emulation::cast<uint32x4_t>(a); }
+inline float32x4_t vreinterpretq_f32_u32(uint32x4_t a) { return emulation::cast<float32x4_t>(a); }
+inline float64x2_t vreinterpretq_f64_f32(float32x4_t a) { return emulation::cast<float64x2_t>(a); }
+inline float32x4_t vreinterpretq_f32_f64(float64x2_t a) { return emulation::cast<float32x4_t>(a); }
+inline float16x4_t vreinterpret_f16_u16(uint16x4_t a) { return emulation::cast<float16x4_t>(a); }
+inline uint16x4_t vreinterpret_u16_f16(float16x4_t a) { return emulation::cast<uint16x4_t>(a); }
+
+inline uint32x4_t vceqq_f32(float32x4_t a, float32x4_t b) {
+  uint32x4_t r;
+  ZO_LANES r.v[i] = a.v[i] == b.v[i] ? ~0u : 0;
+  return r;
+}
+inline uint32x4_t vcltq_u32(uint32x4_t a, uint32x4_t b) {
+  uint32x4_t r;
+  ZO_LANES r.v[i] = a.v[i] < b.v[i] ? ~0u : 0;
+  return r;
+}
+inline uint32x4_t vbslq_u32(uint32x4_t mask, uint32x4_t yes, uint32x4_t no) {
+  ZO_LANES mask.v[i] = (mask.v[i] & yes.v[i]) | (~mask.v[i] & no.v[i]);
+  return mask;
+}
+
+inline uint64x2_t vorrq_u64(uint64x2_t a, uint64x2_t b) {
+  ZO_PAIR a.v[i] |= b.v[i];
+  return a;
+}
+inline uint64x2_t veorq_u64(uint64x2_t a, uint64x2_t b) {
+  ZO_PAIR a.v[i] ^= b.v[i];
+  return a;
+}
+inline uint64x2_t vshrq_n_u64(uint64x2_t a, int n) {
+  ZO_PAIR a.v[i] >>= n;
+  return a;
+}
+inline uint64x2_t vld1q_u64(const uint64_t* p) { return {{p[0], p[1]}}; }
+inline uint64x2_t vmull_u32(uint32x2_t a, uint32x2_t b) {
+  uint64x2_t r;
+  ZO_PAIR r.v[i] = static_cast<uint64_t>(a.v[i]) * b.v[i];
+  return r;
+}
+inline uint32x2_t vmovn_u64(uint64x2_t a) {
+  return {{static_cast<uint32_t>(a.v[0]), static_cast<uint32_t>(a.v[1])}};
+}
+inline uint32x4_t vcombine_u32(uint32x2_t low, uint32x2_t high) {
+  return {{low.v[0], low.v[1], high.v[0], high.v[1]}};
+}
+inline float64x2_t vzip1q_f64(float64x2_t a, float64x2_t b) { return {{a.v[0], b.v[0]}}; }
+inline float64x2_t vzip2q_f64(float64x2_t a, float64x2_t b) { return {{a.v[1], b.v[1]}}; }
+inline float32x4_t vtrn1q_f32(float32x4_t a, float32x4_t b) {
+  return {{a.v[0], b.v[0], a.v[2], b.v[2]}};
+}
+inline float32x4_t vtrn2q_f32(float32x4_t a, float32x4_t b) {
+  return {{a.v[1], b.v[1], a.v[3], b.v[3]}};
+}
+
+inline float32x4_t vld1q_f32(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
+inline void vst1q_f32(float* p, float32x4_t a) { std::memcpy(p, &a, sizeof(a)); }
+inline void vst1q_u32(uint32_t* p, uint32x4_t a) { std::memcpy(p, &a, sizeof(a)); }
+inline uint16x4_t vld1_u16(const uint16_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
+inline void vst1_u16(uint16_t* p, uint16x4_t a) { std::memcpy(p, &a, sizeof(a)); }
+inline uint32x4_t vmovl_u16(uint16x4_t a) { return {{a.v[0], a.v[1], a.v[2], a.v[3]}}; }
+inline uint16x4_t vmovn_u32(uint32x4_t a) {
+  uint16x4_t r;
+  ZO_LANES r.v[i] = static_cast<uint16_t>(a.v[i]);
+  return r;
+}
+inline float32x4_t vcvt_f32_f16(float16x4_t a) {
+  float32x4_t r;
+  ZO_LANES r.v[i] = emulation::half_to_float(a.v[i]);
+  return r;
+}
+inline float16x4_t vcvt_f16_f32(float32x4_t a) {
+  float16x4_t r;
+  ZO_LANES r.v[i] = emulation::float_to_half(a.v[i]);
+  return r;
+}
+
+#undef ZO_LANES
+#undef ZO_PAIR

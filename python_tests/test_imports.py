@@ -1,0 +1,73 @@
+"""Imports point one way: cli -> pipeline -> refine -> {robustness, optim} -> {modes, replay} ->
+ops -> backends -> noise."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "zo_kernels"
+# Each module or package imports only from rooms with a lower number, and from itself.
+FLOORS = {
+    "noise": 0,
+    "backends": 1,
+    "ops": 2,
+    "modes": 3,
+    "replay": 3,
+    "optim": 4,
+    "robustness": 4,
+    "refine": 5,
+    "pipeline": 6,
+    "cli": 7,
+    "__main__": 8,
+}
+# Helpers beside the stairs: they import nothing of the house but the floors named here.
+HELPERS = {"chat": set(), "moments": {"noise", "ops"}}
+
+
+def imported(path: Path) -> set[str]:
+    """Rooms of zo_kernels that a file imports anywhere, inside functions too."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            assert not isinstance(node, ast.ImportFrom), f"{path}: relative import"
+            continue
+        rooms |= {name.split(".")[1] for name in names if name.startswith("zo_kernels.")}
+    return rooms
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if room_of(p) != "__init__"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    """No file imports its own floor's neighbours or anything above it."""
+    room = room_of(path)
+    assert room in FLOORS or room in HELPERS, f"{room} has no place in the order of imports"
+    for other in imported(path) - {room, "_C"}:
+        if room in HELPERS:
+            assert other in HELPERS[room], f"{room} imports {other}"
+        elif (
+            other not in HELPERS and (PACKAGE / other).exists() | (PACKAGE / f"{other}.py").exists()
+        ):
+            assert FLOORS[other] < FLOORS[room], f"{room} imports {other}"
+
+
+def test_the_rule_can_fail(tmp_path):
+    """The parser sees plain, aliased, from and nested imports."""
+    file = tmp_path / "x.py"
+    file.write_text(
+        "import zo_kernels.cli as c\nfrom zo_kernels import optim\n"
+        "def f():\n    from zo_kernels.backends.native import isa\n"
+    )
+    assert imported(file) == {"cli", "optim", "backends"}
