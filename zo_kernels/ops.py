@@ -10,7 +10,6 @@ for k in order, then one rounding to dst's dtype. All backends give the same bit
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,13 +18,25 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from zo_kernels import noise
 from zo_kernels.backends import native, reference
+from zo_kernels.checks import (
+    DTYPES,
+    INDEX_LIMIT,
+    check_offset,
+    check_overlap,
+    check_pair,
+    check_tensor,
+    expect_finite,
+    expect_int,
+    expect_length,
+    expect_numbers,
+    expect_range,
+    expect_tensors,
+    expect_words,
+    scale_table,
+)
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("reference", "native", "triton")
-_FLOAT32_MAX = torch.finfo(torch.float32).max
-_INDEX_LIMIT = 1 << 62  # element indices; the counter itself holds 2^66
 _warned: set[str] = set()
 
 
@@ -93,7 +104,7 @@ def perturb_(
         scale: one factor for all, or one per tensor.
         seed, direction, streams, offsets, rounding, backend: as for ``combine_``.
     """
-    rows = _expect_numbers("scale", scale) if not isinstance(scale, (int, float)) else scale
+    rows = expect_numbers("scale", scale) if not isinstance(scale, (int, float)) else scale
     per_tensor = [[c] for c in rows] if isinstance(rows, list) else [rows]
     combine_(
         tensors,
@@ -146,26 +157,26 @@ def combine_(
             nothing has been written then.
         RuntimeError: if the named backend is not available, with the reason.
     """
-    dst, src = _expect_tensors("dst", dst), _expect_tensors("src", src)
-    _expect_length("src", src, len(dst))
-    streams = _expect_words("streams", streams)
-    _expect_length("streams", streams, len(dst))
-    directions = _expect_words("directions", directions)
+    dst, src = expect_tensors("dst", dst), expect_tensors("src", src)
+    expect_length("src", src, len(dst))
+    streams = expect_words("streams", streams)
+    expect_length("streams", streams, len(dst))
+    directions = expect_words("directions", directions)
     if not directions:
         raise ValueError("directions: expected at least one, got an empty list")
-    offsets = [0] * len(dst) if offsets is None else [_expect_int("offsets", o) for o in offsets]
-    _expect_length("offsets", offsets, len(dst))
-    seed = _expect_range("seed", seed, 1 << 64)
-    src_scale = _expect_finite("src_scale", src_scale)
-    table = _scale_table(scales, len(dst), len(directions))
+    offsets = [0] * len(dst) if offsets is None else [expect_int("offsets", o) for o in offsets]
+    expect_length("offsets", offsets, len(dst))
+    seed = expect_range("seed", seed, 1 << 64)
+    src_scale = expect_finite("src_scale", src_scale)
+    table = scale_table(scales, len(dst), len(directions))
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding: expected 'nearest' or 'stochastic', got {rounding!r}")
     for i, (d, s, offset) in enumerate(zip(dst, src, offsets, strict=True)):
-        _check_tensor(f"dst[{i}]", d)
+        check_tensor(f"dst[{i}]", d)
         if s is not d:
-            _check_tensor(f"src[{i}]", s)
-            _check_pair(i, d, s)
-        _check_offset(f"offsets[{i}]", offset, d.numel())
+            check_tensor(f"src[{i}]", s)
+            check_pair(i, d, s)
+        check_offset(f"offsets[{i}]", offset, d.numel())
     devices = {d.device for d in dst}
     for device in devices:
         _backend_for(device, backend)  # refuse before anything is written
@@ -242,7 +253,7 @@ def _run_combine(
     stochastic: bool,
     backend: str,
 ) -> None:
-    _check_overlap(dst, src)
+    check_overlap(dst, src)
     k = len(directions)
     _backend_for(dst[0].device, backend or None).combine_(
         dst,
@@ -326,14 +337,14 @@ def _emit(
     device: torch.device | str,
 ) -> Tensor:
     device = torch.device(device)
-    count = _expect_range("count", count, _INDEX_LIMIT)
+    count = expect_range("count", count, INDEX_LIMIT)
     address = {
-        "seed": _expect_range("seed", seed, 1 << 64),
-        "direction": _expect_range("direction", direction, 1 << 32),
-        "stream": _expect_range("stream", stream, 1 << 32),
-        "offset": _expect_int("offset", offset),
+        "seed": expect_range("seed", seed, 1 << 64),
+        "direction": expect_range("direction", direction, 1 << 32),
+        "stream": expect_range("stream", stream, 1 << 32),
+        "offset": expect_int("offset", offset),
     }
-    _check_offset("offset", offset, count)
+    check_offset("offset", offset, count)
     room = _backend_for(device, backend)
     if count == 0:
         dtype = torch.float32 if what == "normal" else torch.int64
@@ -342,120 +353,12 @@ def _emit(
     return function(count, **address, device=device)
 
 
-def _expect_tensors(name: str, value: object) -> list[Tensor]:
-    if isinstance(value, Tensor) or not isinstance(value, (list, tuple)):
-        raise TypeError(f"{name}: expected a list of tensors, got {type(value).__name__}")
-    for i, item in enumerate(value):
-        if not isinstance(item, Tensor):
-            raise TypeError(f"{name}[{i}]: expected a tensor, got {type(item).__name__}")
-    return list(value)
-
-
-def _expect_length(name: str, value: Sequence, length: int) -> None:
-    if len(value) != length:
-        raise ValueError(f"{name}: expected {length} (one per tensor of dst), got {len(value)}")
-
-
-def _expect_int(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__} ({value!r})")
-    return value
-
-
-def _expect_range(name: str, value: object, limit: int) -> int:
-    number = _expect_int(name, value)
-    if not 0 <= number < limit:
-        raise ValueError(f"{name}: expected 0 <= {name} < 2^{limit.bit_length() - 1}, got {number}")
-    return number
-
-
-def _expect_words(name: str, value: object) -> list[int]:
-    if not isinstance(value, (list, tuple)):
-        raise TypeError(f"{name}: expected a list of ints, got {type(value).__name__}")
-    return [_expect_range(f"{name}[{i}]", item, 1 << 32) for i, item in enumerate(value)]
-
-
-def _expect_finite(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a float, got {type(value).__name__} ({value!r})")
-    if not math.isfinite(value) or abs(value) > _FLOAT32_MAX:
-        raise ValueError(f"{name}: expected a finite float32 value, got {value}")
-    return float(value)
-
-
-def _expect_numbers(name: str, value: object) -> list[float]:
-    if not isinstance(value, (list, tuple)):
-        raise TypeError(f"{name}: expected a float or a list, got {type(value).__name__}")
-    return [_expect_finite(f"{name}[{i}]", item) for i, item in enumerate(value)]
-
-
-def _scale_table(scales: object, tensors: int, directions: int) -> list[list[float]]:
-    if not isinstance(scales, (list, tuple)):
-        raise TypeError(f"scales: expected a list of floats, got {type(scales).__name__}")
-    if any(isinstance(row, (list, tuple)) for row in scales):
-        _expect_length("scales", scales, tensors)
-        table = [_expect_numbers(f"scales[{i}]", row) for i, row in enumerate(scales)]
-    else:
-        table = [_expect_numbers("scales", scales)] * tensors
-    for row in table:
-        if len(row) != directions:
-            raise ValueError(f"scales: expected {directions} (one per direction), got {len(row)}")
-    return table
-
-
-def _check_tensor(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
-    if tensor.device.type == "meta":
-        raise ValueError(f"{name}: expected a tensor with data, got one on the meta device")
-    if not tensor.is_contiguous():
-        raise ValueError(
-            f"{name}: expected a contiguous tensor (elements are addressed in row-major order), "
-            f"got shape {tuple(tensor.shape)} with strides {tuple(tensor.stride())}"
-        )
-
-
-def _check_pair(i: int, d: Tensor, s: Tensor) -> None:
-    if d.shape != s.shape:
-        raise ValueError(f"src[{i}]: expected shape {tuple(d.shape)} as dst, got {tuple(s.shape)}")
-    if d.device != s.device:
-        raise ValueError(f"src[{i}]: expected device {d.device} as dst, got {s.device}")
-
-
-def _check_offset(name: str, offset: int, numel: int) -> None:
-    if not 0 <= offset <= _INDEX_LIMIT - numel:
-        raise ValueError(f"{name}: expected 0 <= offset <= 2^62 - {numel}, got {offset}")
-
-
-def _check_overlap(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
-    """dst tensors are pairwise disjoint, and each src is its dst exactly or touches no dst."""
-
-    def span(tensor: Tensor) -> tuple[int, int]:
-        start = tensor.data_ptr()
-        return start, start + tensor.numel() * tensor.element_size()
-
-    spans = [(*span(d), "dst", i) for i, d in enumerate(dst) if d.numel()]
-    for i, (d, s) in enumerate(zip(dst, src, strict=True)):
-        exact = s is d or (s.data_ptr() == d.data_ptr() and s.dtype == d.dtype)
-        if s.numel() and not exact:
-            spans.append((*span(s), "src", i))
-    spans.sort()
-    # Sources may overlap each other; a written range may touch nothing else.
-    end, owner = -1, ""
-    written_end, written_owner = -1, ""
-    for low, high, kind, i in spans:
-        clash = (end, owner) if kind == "dst" else (written_end, written_owner)
-        if low < clash[0]:
-            raise ValueError(
-                f"{kind}[{i}]: expected memory apart from all written tensors, "
-                f"got one that overlaps {clash[1]}"
-            )
-        if high > end:
-            end, owner = high, f"{kind}[{i}]"
-        if kind == "dst" and high > written_end:
-            written_end, written_owner = high, f"{kind}[{i}]"
-
-
-__all__ = ["backend_reasons", "combine_", "noise", "normal", "perturb_", "random_words"]
+__all__ = [
+    "BACKENDS",
+    "DTYPES",
+    "backend_reasons",
+    "combine_",
+    "normal",
+    "perturb_",
+    "random_words",
+]
