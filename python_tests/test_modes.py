@@ -126,15 +126,15 @@ def test_embedding_perturbs_only_rows_looked_up(padding_idx, monkeypatch):
     table = torch.nn.Parameter(torch.randn(1000, 6))
     ids = torch.tensor([[3, 999, 3], [0, 17, 999]])
     touched = []
-    from zo_kernels import ops
+    from zo_kernels.backends import native
 
-    original = ops.combine_
+    original = native.combine_
 
     def spy(dst, *arguments, **options):
         touched.append(sum(t.numel() for t in dst))
         return original(dst, *arguments, **options)
 
-    monkeypatch.setattr(ops, "combine_", spy)
+    monkeypatch.setattr(native, "combine_", spy)
     with StreamedWeights([Slot("t", table, 4)], [1.0], seed=5, direction=6), torch.no_grad():
         got = F.embedding(ids, table, padding_idx=padding_idx)
     monkeypatch.undo()

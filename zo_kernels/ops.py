@@ -179,7 +179,7 @@ def combine_(
         check_offset(f"offsets[{i}]", offset, d.numel())
     devices = {d.device for d in dst}
     for device in devices:
-        _backend_for(device, backend)  # refuse before anything is written
+        backend_for(device, backend)  # refuse before anything is written
     name = backend or ""
     # In-place pairs go to an op of their own: a mutated argument must not alias another one.
     for device in devices:
@@ -255,7 +255,7 @@ def _run_combine(
 ) -> None:
     check_overlap(dst, src)
     k = len(directions)
-    _backend_for(dst[0].device, backend or None).combine_(
+    backend_for(dst[0].device, backend or None).combine_(
         dst,
         src,
         [scales[i * k : (i + 1) * k] for i in range(len(dst))],
@@ -294,7 +294,12 @@ def _triton() -> ModuleType:
     return room
 
 
-def _backend_for(device: torch.device, name: str | None) -> ModuleType:
+def backend_for(device: torch.device, name: str | None) -> ModuleType:
+    """The backend that works on a device: the named one, or by device.
+
+    Raises:
+        ValueError, RuntimeError: the name is unknown, or the backend cannot work there.
+    """
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backend: expected None or one of {BACKENDS}, got {name!r}")
     if name == "reference":
@@ -345,7 +350,7 @@ def _emit(
         "offset": expect_int("offset", offset),
     }
     check_offset("offset", offset, count)
-    room = _backend_for(device, backend)
+    room = backend_for(device, backend)
     if count == 0:
         dtype = torch.float32 if what == "normal" else torch.int64
         return torch.empty(0, dtype=dtype, device=device)
@@ -356,6 +361,7 @@ def _emit(
 __all__ = [
     "BACKENDS",
     "DTYPES",
+    "backend_for",
     "backend_reasons",
     "combine_",
     "normal",

@@ -9,7 +9,7 @@ weights, stacked experts and functional code work alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from zo_kernels import ops
+from zo_kernels.checks import check_tensor, expect_finite
 from zo_kernels.modes.base import Closure, Mode, Slot, loss_value
 
 # Reads of a parameter that do not touch its values.
@@ -95,7 +96,16 @@ class StreamedWeights(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._slots = {id(s.tensor): (s, c) for s, c in zip(slots, scales, strict=True)}
-        self._seed, self._direction, self._backend = seed, direction, backend
+        self._seed, self._direction = seed, direction
+        # Straight to the backend: a model has hundreds of operations a forward, and what the
+        # public op checks is checked here once.
+        self._rooms = {
+            device: ops.backend_for(device, backend)
+            for device in {slot.tensor.device for slot in slots}
+        }
+        for slot, scale in zip(slots, scales, strict=True):
+            check_tensor(f"'{slot.name}'", slot.tensor)
+            expect_finite(f"scale of '{slot.name}'", scale)
         self._scratch = Scratch() if scratch is None else scratch
         self.used = 0
 
@@ -104,7 +114,9 @@ class StreamedWeights(TorchFunctionMode):
     ) -> Any:
         """Call func with perturbed copies in place of the parameters among its arguments."""
         kwargs = kwargs or {}
-        found = {id(t): t for t in _tensors((args, kwargs)) if id(t) in self._slots}
+        found = self._find(args)
+        if kwargs:
+            found |= self._find(kwargs.values())
         if not found or func in _METADATA:
             return func(*args, **kwargs)
         if func in _ADDRESSES:
@@ -121,28 +133,44 @@ class StreamedWeights(TorchFunctionMode):
             return self._row(args[0], args[1])
         scratch = self._scratch.allocate([(t.shape, t) for t in found.values()])
         copies = dict(zip(found, scratch, strict=True))
-        self._fill(copies.values(), found.values(), [self._slots[i] for i in found])
+        self._fill(scratch, list(found.values()), [self._slots[i] for i in found])
         result = func(*_replace(args, copies), **_replace(kwargs, copies))
         self._scratch.give_away_if_aliased(result)
         return result
 
+    def _find(self, arguments: Iterable[object]) -> dict[int, Tensor]:
+        """The parameters among arguments and in lists among them, by id."""
+        found = {}
+        for argument in arguments:
+            if id(argument) in self._slots:
+                found[id(argument)] = argument
+            elif isinstance(argument, (list, tuple)):
+                found |= self._find(argument)
+        return found
+
     def _fill(
         self,
-        dst: Any,
-        src: Any,
+        dst: Sequence[Tensor],
+        src: Sequence[Tensor],
         slots: Sequence[tuple[Slot, float]],
         offsets: Sequence[int] | None = None,
     ) -> None:
-        ops.combine_(
-            list(dst),
-            [t.detach() for t in src],
-            [[scale] for _, scale in slots],
-            seed=self._seed,
-            directions=[self._direction],
-            streams=[slot.stream for slot, _ in slots],
-            offsets=offsets,
-            backend=self._backend,
-        )
+        by_device: dict[torch.device, list[int]] = {}
+        for i, tensor in enumerate(dst):
+            by_device.setdefault(tensor.device, []).append(i)
+        for device, members in by_device.items():
+            with torch.no_grad():
+                self._rooms[device].combine_(
+                    [dst[i] for i in members],
+                    [src[i].detach() for i in members],
+                    [[slots[i][1]] for i in members],
+                    seed=self._seed,
+                    directions=[self._direction],
+                    streams=[slots[i][0].stream for i in members],
+                    offsets=[0 if offsets is None else offsets[i] for i in members],
+                    src_scale=1.0,
+                    stochastic=False,
+                )
 
     def _looked_up(self, ids: Tensor, weight: Tensor, *rest: Any, **kwargs: Any) -> bool:
         """Whether only the table is a parameter and fewer rows are read than it has."""
