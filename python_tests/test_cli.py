@@ -117,6 +117,7 @@ def test_demo_and_its_resumption(files, tmp_path, monkeypatch, capsys):
 
     assert timeless(again) == timeless(records)
     assert (out / "summary.json").exists()
+    assert "bit-identical to the aligned model" in (out / "summary.md").read_text()
     assert checkpoint.fingerprint(checkpoint.load(out / "refined", dtype="float32")[0]) == refined
 
     # Another configuration must not continue in the same folder.

@@ -18,7 +18,7 @@ from typing import Any
 from zo_kernels import chat
 from zo_kernels.refine import checkpoint
 from zo_kernels.refine.align import AlignConfig, align
-from zo_kernels.refine.records import MetricsLog, progress_bar, read_records
+from zo_kernels.refine.records import MetricsLog, progress_bar, read_records, write_records
 from zo_kernels.refine.refiner import RefineConfig, ZORefiner
 from zo_kernels.robustness.report import write_report
 from zo_kernels.robustness.suite import EvaluationConfig, evaluate
@@ -92,7 +92,7 @@ class Demo:
         notes: Sequence[str] = (),
     ) -> None:
         self.directory, self.model_directory = directory, model_directory
-        self.config, self.say, self.notes = config, say, list(notes)
+        self.config, self.say, self.notes = config, say, notes
         self.evaluation = config.evaluation or default_evaluation((0.05, 0.1), config.refine.eps)
         self.held_out = chat.select(examples, split=chat.HELD_OUT)
         self.train = chat.select(examples, split=chat.TRAIN)
@@ -119,6 +119,9 @@ class Demo:
 
     def _log(self, arm: str) -> Path:
         return self.directory / f"{arm}.jsonl"
+
+    def _evaluation(self) -> Path:
+        return self.directory / "evaluation.jsonl"
 
     def _elapsed(self) -> float:
         return time.monotonic() - self.started
@@ -201,19 +204,14 @@ class Demo:
         if not same and config.mode != "mezo":
             raise RuntimeError(f"mode '{config.mode}': weights changed in steps with lr = 0")
         if same:
-            self.notes.append(
-                f"The lr = 0 control took {CONTROL_STEPS} steps and is bit-identical to the "
-                "aligned model (SHA-256 of all weights); its rows are the aligned model's."
-            )
-            with MetricsLog(self.directory / "evaluation.jsonl") as log:
-                for record in self._records(ALIGNED):
-                    log.write({**record, "label": CONTROL})
+            own = [{**record, "label": CONTROL} for record in self._records(ALIGNED)]
+            write_records(self._evaluation(), self._records() + own)
             return
         checkpoint.save(model, tokenizer, self._path(CONTROL))
         self._evaluate(CONTROL, self._path(CONTROL))
 
     def _records(self, label: str | None = None) -> list[dict[str, Any]]:
-        path = self.directory / "evaluation.jsonl"
+        path = self._evaluation()
         records = read_records(path) if path.exists() else []
         return [r for r in records if label in (None, r["label"])]
 
@@ -229,9 +227,7 @@ class Demo:
                     model, tokenizer, self.held_out, self.text, self.evaluation,
                     label=label, progress=progress,
                 )  # fmt: skip
-            with MetricsLog(self.directory / "evaluation.jsonl", fresh=True) as log:
-                for record in kept + new:
-                    log.write(record)
+            write_records(self._evaluation(), kept + new)
             del model
             gc.collect()
         self.evaluation_seconds = sum(r["seconds"] for r in self._records(label))
@@ -247,6 +243,11 @@ class Demo:
             "their standard errors, over noise draws only (one training seed).",
             *self.notes,
         ]
+        if not self._path(CONTROL).exists():  # only a changed model is saved
+            notes.append(
+                f"The lr = 0 control took {CONTROL_STEPS} steps and is bit-identical to the "
+                "aligned model (SHA-256 of all weights); its rows are the aligned model's."
+            )
         logs = {
             "alignment (FO)": read_records(self._log(ALIGNED)),
             "more FO": more,

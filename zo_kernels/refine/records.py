@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +42,16 @@ class MetricsLog:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
+
+
+def write_records(path: str | os.PathLike[str], records: Sequence[dict[str, Any]]) -> None:
+    """Replace a JSON-lines file in one step: it holds the old records or all of the new ones."""
+    target = Path(path)
+    work = target.with_name(f".{target.name}.new")
+    with MetricsLog(work, fresh=True) as log:
+        for record in records:
+            log.write(record)
+    os.replace(work, target)
 
 
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
