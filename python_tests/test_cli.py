@@ -97,11 +97,15 @@ def test_demo_and_its_resumption(files, tmp_path, monkeypatch, capsys):
     assert {len(rows) for rows in by_arm.values()} == {9}
     for control, aligned in zip(by_arm["lr0"], by_arm["aligned"], strict=True):
         assert {**control, "label": "aligned"} == aligned
-    assert by_arm["refined"][0]["refusal_losses"] != by_arm["aligned"][0]["refusal_losses"]
     assert "bit-identical to the aligned model" in (out / "summary.md").read_text()
     for name in ("metric_vs_noise.png", "loss_per_step.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
-    refined = checkpoint.fingerprint(checkpoint.load(out / "refined", dtype="float32")[0])
+    prints = {
+        arm: checkpoint.fingerprint(checkpoint.load(out / arm, dtype="float32")[0])
+        for arm in ("aligned", "more_fo", "refined")
+    }
+    assert len(set(prints.values())) == 3
+    refined = prints["refined"]
 
     # Killed in the middle of the last evaluation: what is finished is kept, the rest done again.
     lines = (out / "evaluation.jsonl").read_text().splitlines()

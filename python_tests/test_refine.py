@@ -59,11 +59,20 @@ def test_align_is_reproducible_and_sgd_is_plain():
 
 def test_learning_rate_schedule():
     config = AlignConfig(steps=20, warmup=0.1, schedule="cosine")
-    factors = [learning_rate_factor(step, config) for step in range(20)]
-    assert factors[:3] == [0.5, 1.0, 1.0]
+    factors = [learning_rate_factor(step / 20, config) for step in range(20)]
+    assert factors[:3] == pytest.approx([0.5, 1.0, 1.0])
     assert factors[11] == pytest.approx(0.5) and 0 < factors[19] < 0.01
     flat = AlignConfig(steps=20, warmup=0.0, schedule="constant")
-    assert {learning_rate_factor(step, flat) for step in range(20)} == {1.0}
+    assert {learning_rate_factor(step / 20, flat) for step in range(20)} == {1.0}
+
+
+def test_the_schedule_ends_with_the_time_too():
+    """With few of many steps taken, lr has still come down with the seconds."""
+    config = AlignConfig(steps=10_000, seconds=1.0, batch_size=2, warmup=0.2)
+    records = align(tiny_model("llama"), tiny_tokenizer(), encoded(), config)
+    rates = [r["lr"] for r in records]
+    assert len(records) < 5000 and max(rates) > 0.8 * config.lr
+    assert rates[0] < 0.2 * config.lr and rates[-1] < 0.1 * config.lr
 
 
 def test_align_stops_on_a_non_finite_loss_before_the_update():
@@ -139,6 +148,7 @@ def test_select_parameters():
     [
         (AlignConfig, {"steps": 0}, "steps: expected at least 1, got 0"),
         (AlignConfig, {"lr": -1.0}, "lr: expected at least 0"),
+        (AlignConfig, {"warmup": 1.0}, "warmup: expected a share below 1"),
         (AlignConfig, {"optimizer": "lion"}, "optimizer: expected one of"),
         (AlignConfig, {"seconds": 0.0}, "expected positive"),
         (RefineConfig, {"batch_size": 0}, "batch_size: expected at least 1"),

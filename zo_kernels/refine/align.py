@@ -30,8 +30,9 @@ class AlignConfig:
         lr: peak learning rate.
         optimizer: "adamw" or "sgd" (plain, as in the paper).
         weight_decay: decoupled for adamw.
-        warmup: share of the steps over which lr rises linearly.
-        schedule: "constant" or "cosine" (to zero) after the warm-up.
+        warmup: share of the run over which lr rises linearly, below 1.
+        schedule: "constant" or "cosine" (to zero at the end of the run, by steps or seconds,
+            whichever ends it) after the warm-up.
         clip_norm: bound on the gradient's norm.
         seed: of the batch order.
         first_batch: number of the first batch, to continue where another run ended.
@@ -57,6 +58,8 @@ class AlignConfig:
         for name in ("lr", "weight_decay", "warmup"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if self.warmup >= 1:
+            raise ValueError(f"warmup: expected a share below 1, got {self.warmup}")
         if self.clip_norm <= 0 or (self.seconds is not None and self.seconds <= 0):
             raise ValueError("clip_norm, seconds: expected positive numbers")
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
@@ -64,14 +67,16 @@ class AlignConfig:
                 raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
 
 
-def learning_rate_factor(step: int, config: AlignConfig) -> float:
-    """Factor of lr at a step (from 0): linear warm-up, then constant or cosine to zero."""
-    warm = max(1, round(config.warmup * config.steps)) if config.warmup else 0
-    if step < warm:
-        return (step + 1) / warm
+def learning_rate_factor(share: float, config: AlignConfig) -> float:
+    """Factor of lr when this share (0 to 1) of the run lies behind.
+
+    Linear over the warm-up, then constant or cosine to zero.
+    """
+    if share < config.warmup:
+        return min(1.0, (share + 1 / config.steps) / config.warmup)
     if config.schedule == "constant":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, config.steps - warm)))
+    return 0.5 * (1 + math.cos(math.pi * (share - config.warmup) / (1 - config.warmup)))
 
 
 def align(
@@ -111,9 +116,6 @@ def align(
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.SGD
     # fused: no temporaries of the weights' size, which the other implementations make.
     optimizer = kind(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, config)
-    )
     half = fast_dtype(device)
     mixed = (
         torch.autocast(device.type, dtype=half)
@@ -137,9 +139,13 @@ def align(
             raise FloatingPointError(f"alignment step {step}: expected a finite loss, got {loss}")
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        lr = schedule.get_last_lr()[0]
+        share = step / config.steps
+        if config.seconds is not None:
+            share = max(share, min(1.0, (time.perf_counter() - started) / config.seconds))
+        lr = config.lr * learning_rate_factor(share, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad(set_to_none=True)
         elapsed = time.perf_counter() - started
         record = {
