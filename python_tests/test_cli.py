@@ -41,12 +41,22 @@ def model_options(files):
     return ["--model", files / "base", "--data", files / "data.jsonl", "--dtype", "float32"]
 
 
-def test_align_then_refine(files, tmp_path, capsys):
+def fail(*arguments):
+    raise OSError("no space left on device")
+
+
+def test_align_then_refine(files, tmp_path, capsys, monkeypatch):
     out = tmp_path / "aligned"
     options = [*model_options(files), "--out", out, "--batch-size", 2]
     assert run("align", *options, "--steps", 8, "--lr", 1e-3) == 0
     assert "8 steps in" in capsys.readouterr().out
     assert len(read_records(tmp_path / "aligned.jsonl")) == 8
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["aligned", "aligned.jsonl", "aligned.png"]
+    # A run that fails leaves the model and the log of the run before.
+    monkeypatch.setattr(checkpoint, "save", fail)
+    assert run("align", *options, "--steps", 2) == 1
+    monkeypatch.undo()
+    assert len(read_records(tmp_path / "aligned.jsonl")) == 8 and (out / "config.json").exists()
     assert (tmp_path / "aligned.png").read_bytes().startswith(b"\x89PNG")
     options = ["--model", out, "--data", files / "data.jsonl", "--out", tmp_path / "refined"]
     assert run("refine", *options, "--steps", 5, "--batch-size", 2, "--dtype", "bfloat16") == 0

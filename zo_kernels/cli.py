@@ -166,9 +166,11 @@ def _train(options: argparse.Namespace, run: Any) -> None:
     model, tokenizer = checkpoint.load(options.model, dtype=options.dtype, device=options.device)
     encoded = chat.encode(tokenizer, examples, max_length=options.max_length)
     log_path = options.out.parent / f"{options.out.name}.jsonl"
-    with MetricsLog(log_path, fresh=True) as log, progress_bar(options.command) as progress:
+    partial = log_path.with_suffix(".partial.jsonl")  # an earlier run's log stays until the end
+    with MetricsLog(partial, fresh=True) as log, progress_bar(options.command) as progress:
         records = run(model, tokenizer, encoded, log.write, progress)
     checkpoint.save(model, tokenizer, options.out)
+    partial.replace(log_path)
     from zo_kernels.robustness.plots import loss_per_step
 
     plot = options.out.parent / f"{options.out.name}.png"
@@ -221,13 +223,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     model, tokenizer = checkpoint.load(options.model, dtype=options.dtype, device=options.device)
     label = options.model.name
     with (
-        MetricsLog(options.out / "evaluation.jsonl", fresh=True) as log,
+        MetricsLog(options.out / "evaluation.partial.jsonl", fresh=True) as log,
         progress_bar("evaluate") as progress,
     ):
         records = evaluate(
             model, tokenizer, examples, text, config,
             label=label, on_result=log.write, progress=progress,
         )  # fmt: skip
+    (options.out / "evaluation.partial.jsonl").replace(options.out / "evaluation.jsonl")
     files = write_report(options.out, records, title=f"Robustness of {label}", arms=[label])
     _print_report(files, records, {label: label})
 
