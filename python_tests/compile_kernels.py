@@ -15,58 +15,16 @@ from collections import Counter
 from pathlib import Path
 
 import triton
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from zo_kernels.backends.triton import compile_options, perturb
+from zo_kernels.backends.triton import perturb
+from zo_kernels.backends.triton.compile import TARGETS, compile_variant
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-DTYPES = {"bf16": (tl.bfloat16, 2), "fp16": (tl.float16, 2), "fp32": (tl.float32, 4)}
-KERNELS = [("bf16", False), ("fp16", False), ("fp32", False), ("bf16", True)]
-SIGNATURE = {
-    "table": "*i64",
-    "scales": "*fp32",
-    "directions": "*i32",
-    "tensors": "i32",
-    "directions_count": "i32",
-    "seed_lo": "i32",
-    "seed_hi": "i32",
-    "src_scale": "fp32",
-}
+KERNELS = ["combine bf16", "combine fp16", "combine fp32", "combine bf16 stochastic"]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 
 
-def compiled(dtype: str, stochastic: bool, target: GPUTarget):
-    """One kernel, in place on one dtype, one direction."""
-    kernel, (triton_dtype, itemsize) = perturb.combine_kernel, DTYPES[dtype]
-    constants = {
-        "SRC_DTYPE": triton_dtype,
-        "DST_DTYPE": triton_dtype,
-        "SRC_ITEMSIZE": itemsize,
-        "DST_ITEMSIZE": itemsize,
-        "STOCHASTIC": stochastic,
-        "SCALE_SRC": False,
-        "SINGLE": True,
-        "LANES": perturb.LANES,
-        "STEPS": perturb.STEPS,
-    }
-    names = kernel.arg_names
-    source = ASTSource(
-        fn=kernel,
-        signature={name: SIGNATURE.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index("table"),): [["tt.divisibility", 16]]},
-    )
-    return triton.compile(source, target=target, options=compile_options(target.warp_size))
-
-
-def facts(kernel, target: GPUTarget, folder: Path) -> dict:
+def facts(kernel, target, folder: Path) -> dict:
     """What the tests look at."""
     if target.backend == "hip":
         text = kernel.asm["amdgcn"]
@@ -95,12 +53,15 @@ def facts(kernel, target: GPUTarget, folder: Path) -> dict:
 def main() -> None:
     """Compile everything into the folder named on the command line."""
     folder = Path(sys.argv[1])
-    for (dtype, stochastic), (name, target) in ((k, t) for t in TARGETS.items() for k in KERNELS):
-        kernel = compiled(dtype, stochastic, target)
-        stem = f"{name}-{dtype}{'-stochastic' if stochastic else ''}"
-        (folder / f"{stem}.json").write_text(json.dumps(facts(kernel, target, folder)))
-        if name == "sm_90":
-            (folder / f"{stem}.ll").write_text(kernel.asm["llir"])
+    for name in ("sm_80", "sm_90", "gfx942"):
+        for variant in perturb.variants():
+            if variant.name not in KERNELS:
+                continue
+            kernel = compile_variant(variant, TARGETS[name])
+            stem = f"{name}-{variant.name.removeprefix('combine ').replace(' ', '-')}"
+            (folder / f"{stem}.json").write_text(json.dumps(facts(kernel, TARGETS[name], folder)))
+            if name == "sm_90":
+                (folder / f"{stem}.ll").write_text(kernel.asm["llir"])
 
 
 if __name__ == "__main__":

@@ -9,18 +9,9 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from zo_kernels.backends.triton import compile as _compile
 from zo_kernels.backends.triton import perturb as _perturb
 from zo_kernels.backends.triton.interpreter import mend
-
-
-def compile_options(warp_size: int) -> dict:
-    """Options of every kernel: nothing contracted, and one thread per lane of the kernels.
-
-    The noise contract has no multiply-add but explicit fma. More threads than lanes (4 warps of 64)
-    would narrow the accesses to 8 bytes and send them through shared memory.
-    """
-    return {"enable_fp_fusion": False, "num_warps": _perturb.LANES // warp_size}
-
 
 if knobs.runtime.interpret:
     mend()
@@ -52,7 +43,8 @@ def _options(device: torch.device) -> dict:
         return {}
     # AMD's data centre GPUs have warps of 64; torch.xpu's Triton takes its own from 32.
     wide = device.type == "cuda" and torch.version.hip is not None
-    return compile_options(torch.cuda.get_device_properties(device).warp_size if wide else 32)
+    warp_size = torch.cuda.get_device_properties(device).warp_size if wide else 32
+    return _compile.options(_perturb.LANES, warp_size)
 
 
 def combine_(

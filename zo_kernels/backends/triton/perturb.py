@@ -7,11 +7,14 @@ the tensor's memory allows it. Ragged ends and misaligned views take one scalar 
 of the same arithmetic. Bytes moved per element: its size in src plus its size in dst.
 """
 
+from itertools import product
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from zo_kernels.backends.triton.compile import Variant
 from zo_kernels.backends.triton.noise import normals, normals_and_bits, philox, round_stochastic
 
 LANES = 128  # per inner step, one per thread
@@ -300,3 +303,50 @@ def tile_table(
         columns.append((programs, _address(d, offset), _address(s, offset), offset, end, stream))
         programs += -(-end // tile) - offset // tile
     return torch.tensor(columns, dtype=torch.int64).t().contiguous(), programs
+
+
+_SIGNATURE = {
+    "table": "*i64",
+    "scales": "*fp32",
+    "directions": "*i32",
+    "tensors": "i32",
+    "directions_count": "i32",
+    "seed_lo": "i32",
+    "seed_hi": "i32",
+    "src_scale": "fp32",
+}
+_SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def variants() -> list[Variant]:
+    """What ZOSGD launches: in place on each dtype, one or several directions, both roundings."""
+    result = []
+    for dtype, single, stochastic in product(TRITON_DTYPES, (True, False), (False, True)):
+        if stochastic and dtype == torch.float32:
+            continue
+        name = f"combine {_SHORT_NAMES[dtype]}"
+        name += ("" if single else " directions") + (" stochastic" if stochastic else "")
+        constants = {
+            "SRC_DTYPE": TRITON_DTYPES[dtype],
+            "DST_DTYPE": TRITON_DTYPES[dtype],
+            "SRC_ITEMSIZE": dtype.itemsize,
+            "DST_ITEMSIZE": dtype.itemsize,
+            "STOCHASTIC": stochastic,
+            "SCALE_SRC": False,
+            "SINGLE": single,
+            "LANES": LANES,
+            "STEPS": STEPS,
+        }
+        result.append(
+            Variant(
+                name=name,
+                kernel=combine_kernel,
+                signature=_SIGNATURE,
+                constants=constants,
+                aligned=("table", "scales", "directions"),
+                lanes=LANES,
+                bytes_per_element=2.0 * dtype.itemsize,
+                dst_itemsize=dtype.itemsize,
+            )
+        )
+    return result
