@@ -218,7 +218,7 @@ def test_a_named_backend_never_falls_back(monkeypatch):
 
 def test_opcheck():
     """Schemas, mutation annotations, fake tensors and autograd registration of both ops."""
-    rest = ([0.5, 0.25], 1, [2], [3, 4], [0, 5], 1.0, True, "native")
+    rest = ([0.5, 0.25], [2], None, None, 1, [3, 4], [0, 5], 1.0, True, "normal", None, "native")
     tensors = [good(), good(7).bfloat16()]
     torch.library.opcheck(ops._perturb_op, (tensors, *rest))
     torch.library.opcheck(ops._combine_op, ([t.float() + 1 for t in tensors], tensors, *rest))

@@ -7,7 +7,7 @@ loss = optimizer.step(lambda: model(**batch).loss)
 """
 
 from zo_kernels.noise import NOISE_SPEC, stream_id
-from zo_kernels.ops import combine_, normal, perturb_, random_words
+from zo_kernels.ops import combine_, normal, perturb_, rademacher, random_words
 from zo_kernels.optim import ZOSGD, StepRecord
 
 __version__ = "0.1.0"
@@ -19,6 +19,7 @@ __all__ = [
     "combine_",
     "normal",
     "perturb_",
+    "rademacher",
     "random_words",
     "stream_id",
 ]

@@ -111,6 +111,55 @@ def check_offset(name: str, offset: int, numel: int) -> None:
         raise ValueError(f"{name}: expected 0 <= offset <= 2^62 - {numel}, got {offset}")
 
 
+def check_changes(changes: object, dst: Sequence[Tensor]) -> None:
+    """A contiguous float64 tensor of shape (len(dst), 3) on dst's one device."""
+    if not isinstance(changes, Tensor):
+        raise TypeError(f"changes: expected a tensor, got {type(changes).__name__}")
+    if changes.dtype != torch.float64 or changes.shape != (len(dst), 3):
+        raise ValueError(
+            f"changes: expected float64 of shape ({len(dst)}, 3), got {changes.dtype} of shape "
+            f"{tuple(changes.shape)}"
+        )
+    if not changes.is_contiguous() or any(d.device != changes.device for d in dst):
+        raise ValueError(
+            f"changes: expected a contiguous tensor on the device of all dst, got one on "
+            f"{changes.device} with strides {changes.stride()}"
+        )
+
+
+def check_device_scales(
+    scales: object, directions: object, dst: Sequence[Tensor], src: Sequence[Tensor]
+) -> None:
+    """scales and directions as tensors on the one device of dst, for one launch of one op."""
+    if not isinstance(scales, Tensor) or not isinstance(directions, Tensor):
+        raise TypeError(
+            "scales and directions: expected both as lists or both as tensors, got "
+            f"{type(scales).__name__} and {type(directions).__name__}"
+        )
+    count = directions.numel()
+    if directions.dtype != torch.int64 or directions.dim() != 1 or not count:
+        raise ValueError(
+            "directions: expected a list, or int64 of shape (K,) with K > 0, got "
+            f"{directions.dtype} of shape {tuple(directions.shape)}"
+        )
+    shapes = [(count,), (len(dst), count)]
+    if scales.dtype != torch.float32 or tuple(scales.shape) not in shapes:
+        raise ValueError(
+            f"scales: expected a list, or float32 of shape {shapes[0]} or {shapes[1]}, got "
+            f"{scales.dtype} of shape {tuple(scales.shape)}"
+        )
+    for name, tensor in (("scales", scales), ("directions", directions)):
+        if not tensor.is_contiguous() or any(d.device != tensor.device for d in dst):
+            raise ValueError(
+                f"{name}: expected a contiguous tensor on the device of all dst, got one on "
+                f"{tensor.device} with strides {tensor.stride()}"
+            )
+    if len({s is d for d, s in zip(dst, src, strict=True)}) > 1:
+        raise ValueError(
+            "scales: expected a list where some pairs are in place and others are not, got a tensor"
+        )
+
+
 def check_overlap(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
     """dst tensors are pairwise disjoint, and each src is its dst exactly or touches no dst."""
 

@@ -22,6 +22,16 @@ are the definition; csrc/fit_polynomials.py prints them with their error bounds.
 the normals do not use are the elements' 16 rounding bits: (lo(a) << 8 | lo(b)) for the first of a
 pair, (lo(b) << 8 | lo(a)) for the second.
 
+Rademacher directions have signs z = +1 or -1 at the same addresses, 128 to a Philox call:
+
+    s = index // 4096;  g = index % 4096 // 256;  l = index % 256 // 8;  e = index % 8
+    counter = (b lo, b hi | 2^31, stream, direction) with b = 32 s + l
+    z = 1 - 2 * (bit e of byte g of the four words, byte 0 the lowest of w0)
+
+so a machine that computes 32 neighbouring calls at once finds the signs of 8 contiguous elements
+in one byte of one of them. The top bit of the second word keeps these calls apart from those of
+normals. Rounding bits are those of the normals at the same address, whatever the distribution.
+
 This module states constants and addresses; the arithmetic is in backends/reference.py,
 csrc/noise.h and backends/triton/noise.py, and gives the same bits in all three.
 """
@@ -57,6 +67,13 @@ COSINE = _floats("0x1.ffff2p-1", "-0x1.3bc5a8p+2", "0x1.02a486p+2", "-0x1.38de84
 RSQRT_SEED = 0x5F1FF800
 ANGLE_SCALE = 2.0**-31
 ANGLE_SHIFT = -0.5 + 2.0**-24
+
+#: What z can be.
+DISTRIBUTIONS = ("normal", "rademacher")
+#: Second counter word of Rademacher calls: their blocks are no normals' blocks.
+RADEMACHER_DOMAIN = 1 << 31
+#: Elements of 32 Rademacher calls, and how many contiguous ones of them share a byte.
+RADEMACHER_SPAN, RADEMACHER_GROUP = 4096, 8
 
 #: Training directions are below this; those above are reserved, each range for one use.
 DIRECTION_LIMIT = 1 << 31

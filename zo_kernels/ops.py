@@ -22,6 +22,8 @@ from zo_kernels.backends import native, reference
 from zo_kernels.checks import (
     DTYPES,
     INDEX_LIMIT,
+    check_changes,
+    check_device_scales,
     check_offset,
     check_overlap,
     check_pair,
@@ -35,6 +37,7 @@ from zo_kernels.checks import (
     expect_words,
     scale_table,
 )
+from zo_kernels.noise import DISTRIBUTIONS
 
 BACKENDS = ("reference", "native", "triton")
 _warned: set[str] = set()
@@ -84,6 +87,23 @@ def normal(
     return _emit("normal", count, seed, direction, stream, offset, backend, device)
 
 
+def rademacher(
+    count: int,
+    *,
+    seed: int,
+    direction: int,
+    stream: int,
+    offset: int = 0,
+    backend: str | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Elements [offset, offset + count) of a Rademacher z, +1 or -1: (count,) float32.
+
+    Arguments and errors as for ``random_words``; nothing in training calls it.
+    """
+    return _emit("rademacher", count, seed, direction, stream, offset, backend, device)
+
+
 def perturb_(
     tensors: Sequence[Tensor],
     scale: float | Sequence[float],
@@ -93,6 +113,7 @@ def perturb_(
     streams: Sequence[int],
     offsets: Sequence[int] | None = None,
     rounding: str = "nearest",
+    distribution: str = "normal",
     backend: str | None = None,
 ) -> None:
     """tensors[i] += scale * z_i, in place, without storing z.
@@ -102,7 +123,7 @@ def perturb_(
     Args:
         tensors: contiguous float32, bfloat16 or float16 tensors of any shape that do not overlap.
         scale: one factor for all, or one per tensor.
-        seed, direction, streams, offsets, rounding, backend: as for ``combine_``.
+        seed, direction, streams, offsets, rounding, distribution, backend: as for ``combine_``.
     """
     rows = expect_numbers("scale", scale) if not isinstance(scale, (int, float)) else scale
     per_tensor = [[c] for c in rows] if isinstance(rows, list) else [rows]
@@ -115,6 +136,7 @@ def perturb_(
         streams=streams,
         offsets=offsets,
         rounding=rounding,
+        distribution=distribution,
         backend=backend,
     )
 
@@ -122,14 +144,16 @@ def perturb_(
 def combine_(
     dst: Sequence[Tensor],
     src: Sequence[Tensor],
-    scales: Sequence[float] | Sequence[Sequence[float]],
+    scales: Sequence[float] | Sequence[Sequence[float]] | Tensor,
     *,
     seed: int,
-    directions: Sequence[int],
+    directions: Sequence[int] | Tensor,
     streams: Sequence[int],
     offsets: Sequence[int] | None = None,
     rounding: str = "nearest",
     src_scale: float = 1.0,
+    distribution: str = "normal",
+    changes: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """dst[i] = round(src_scale * src[i] + sum_k scales[k] * z_k), over lists of tensors.
@@ -140,9 +164,13 @@ def combine_(
     Args:
         dst, src: lists of equally many contiguous tensors, float32, bfloat16 or float16, of equal
             shapes pairwise and on one device pairwise. An empty list does nothing.
-        scales: one factor per direction, or one such list per tensor; rounded to float32.
+        scales: one factor per direction, or one such list per tensor; rounded to float32. Or, with
+            ``directions``, a float32 tensor of shape (K,) or (len(dst), K) on the device of all
+            dst: then the Triton backend reads both when the kernel runs, nothing is copied from
+            the host, and a captured CUDA graph sees new values at each replay (make the same call
+            once before the capture). Values on a GPU are not checked.
         seed: 64-bit key, in [0, 2^64).
-        directions: in [0, 2^32), at least one.
+        directions: in [0, 2^32), at least one; or an int64 tensor of shape (K,), see ``scales``.
         streams: one per tensor, in [0, 2^32).
         offsets: index of each tensor's first element in the full parameter (default 0), for
             shards and rows.
@@ -150,6 +178,12 @@ def combine_(
             rounding bits that the last direction gives each element, so an update far below half
             an ulp arrives in expectation; into float32 to nearest.
         src_scale: factor of src, for weight decay.
+        distribution: of z, "normal" or "rademacher" (+1 or -1; 128 signs per Philox call).
+        changes: None, or a contiguous float64 tensor of shape (len(dst), 3) on dst's device that
+            is overwritten with what the pass did to each tensor, in float32 values: the sum of
+            (dst - src)^2, the sum of (acc - src)^2 where acc is the value before rounding, and the
+            number of elements lost to rounding (dst = src although acc is not). The sums have a
+            relative error below 1e-5; the count is exact.
         backend: None (by device), "reference", "native" or "triton"; a named one never falls back.
 
     Raises:
@@ -161,16 +195,14 @@ def combine_(
     expect_length("src", src, len(dst))
     streams = expect_words("streams", streams)
     expect_length("streams", streams, len(dst))
-    directions = expect_words("directions", directions)
-    if not directions:
-        raise ValueError("directions: expected at least one, got an empty list")
     offsets = [0] * len(dst) if offsets is None else [expect_int("offsets", o) for o in offsets]
     expect_length("offsets", offsets, len(dst))
     seed = expect_range("seed", seed, 1 << 64)
     src_scale = expect_finite("src_scale", src_scale)
-    table = scale_table(scales, len(dst), len(directions))
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding: expected 'nearest' or 'stochastic', got {rounding!r}")
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution: expected one of {DISTRIBUTIONS}, got {distribution!r}")
     for i, (d, s, offset) in enumerate(zip(dst, src, offsets, strict=True)):
         check_tensor(f"dst[{i}]", d)
         if s is not d:
@@ -178,9 +210,20 @@ def combine_(
             check_pair(i, d, s)
         check_offset(f"offsets[{i}]", offset, d.numel())
     devices = {d.device for d in dst}
-    for device in devices:
-        backend_for(device, backend)  # refuse before anything is written
-    name = backend or ""
+    # Refuse before anything is written.
+    rooms = {device: backend_for(device, backend) for device in devices}
+    if changes is not None:
+        check_changes(changes, dst)
+    on_device = isinstance(scales, Tensor) or isinstance(directions, Tensor)
+    if on_device:
+        check_device_scales(scales, directions, dst, src)
+        if not all(hasattr(room, "DEVICE_SCALES") for room in rooms.values()):
+            scales, directions, on_device = scales.tolist(), directions.tolist(), False
+    if not on_device:
+        directions = expect_words("directions", directions)
+        if not directions:
+            raise ValueError("directions: expected at least one, got an empty list")
+        table = scale_table(scales, len(dst), len(directions))
     # In-place pairs go to an op of their own: a mutated argument must not alias another one.
     for device in devices:
         for same in (True, False):
@@ -191,80 +234,107 @@ def combine_(
             ]
             if not picked:
                 continue
+            whole = len(picked) == len(dst)
+            part = changes if changes is None or whole else changes.new_empty(len(picked), 3)
             common = (
-                [c for i in picked for c in table[i]],
+                [] if on_device else [c for i in picked for c in table[i]],
+                [] if on_device else directions,
+                scales if on_device else None,
+                directions if on_device else None,
                 seed - (1 << 64) if seed >> 63 else seed,  # the schema's int is signed
-                directions,
                 [streams[i] for i in picked],
                 [offsets[i] for i in picked],
                 src_scale,
                 rounding == "stochastic",
-                name,
+                distribution,
+                part,
+                backend or "",
             )
             with torch.no_grad():
                 if same:
                     _perturb_op([dst[i] for i in picked], *common)
                 else:
                     _combine_op([dst[i] for i in picked], [src[i] for i in picked], *common)
+                if part is not None and not whole:
+                    changes[picked] = part
 
 
-@torch.library.custom_op("zo_kernels::perturb_", mutates_args={"tensors"})
+@torch.library.custom_op("zo_kernels::perturb_", mutates_args={"tensors", "changes"})
 def _perturb_op(
     tensors: Sequence[Tensor],
     scales: Sequence[float],
-    seed: int,
     directions: Sequence[int],
+    device_scales: Tensor | None,
+    device_directions: Tensor | None,
+    seed: int,
     streams: Sequence[int],
     offsets: Sequence[int],
     src_scale: float,
     stochastic: bool,
+    distribution: str,
+    changes: Tensor | None,
     backend: str,
 ) -> None:
-    arguments = (scales, seed, directions, streams, offsets, src_scale, stochastic, backend)
-    _run_combine(tensors, tensors, *arguments)
+    _run_combine(
+        tensors, tensors, scales, directions, device_scales, device_directions, seed, streams,
+        offsets, src_scale, stochastic, distribution, changes, backend,
+    )  # fmt: skip
 
 
-@torch.library.custom_op("zo_kernels::combine_", mutates_args={"dst"})
+@torch.library.custom_op("zo_kernels::combine_", mutates_args={"dst", "changes"})
 def _combine_op(
     dst: Sequence[Tensor],
     src: Sequence[Tensor],
     scales: Sequence[float],
-    seed: int,
     directions: Sequence[int],
+    device_scales: Tensor | None,
+    device_directions: Tensor | None,
+    seed: int,
     streams: Sequence[int],
     offsets: Sequence[int],
     src_scale: float,
     stochastic: bool,
+    distribution: str,
+    changes: Tensor | None,
     backend: str,
 ) -> None:
-    arguments = (scales, seed, directions, streams, offsets, src_scale, stochastic, backend)
-    _run_combine(dst, src, *arguments)
+    _run_combine(
+        dst, src, scales, directions, device_scales, device_directions, seed, streams,
+        offsets, src_scale, stochastic, distribution, changes, backend,
+    )  # fmt: skip
 
 
 def _run_combine(
     dst: Sequence[Tensor],
     src: Sequence[Tensor],
     scales: Sequence[float],
-    seed: int,
     directions: Sequence[int],
+    device_scales: Tensor | None,
+    device_directions: Tensor | None,
+    seed: int,
     streams: Sequence[int],
     offsets: Sequence[int],
     src_scale: float,
     stochastic: bool,
+    distribution: str,
+    changes: Tensor | None,
     backend: str,
 ) -> None:
     check_overlap(dst, src)
     k = len(directions)
+    rows = [scales[i * k : (i + 1) * k] for i in range(len(dst))]
     backend_for(dst[0].device, backend or None).combine_(
         dst,
         src,
-        [scales[i * k : (i + 1) * k] for i in range(len(dst))],
+        rows if device_scales is None else device_scales,
         seed=seed & 0xFFFFFFFFFFFFFFFF,
-        directions=directions,
+        directions=directions if device_directions is None else device_directions,
         streams=streams,
         offsets=offsets,
         src_scale=src_scale,
         stochastic=stochastic,
+        distribution=distribution,
+        changes=changes,
     )
 
 
@@ -352,7 +422,7 @@ def _emit(
     check_offset("offset", offset, count)
     room = backend_for(device, backend)
     if count == 0:
-        dtype = torch.float32 if what == "normal" else torch.int64
+        dtype = torch.int64 if what == "random_words" else torch.float32
         return torch.empty(0, dtype=dtype, device=device)
     function: Callable[..., Tensor] = getattr(room, what)
     return function(count, **address, device=device)
@@ -366,5 +436,6 @@ __all__ = [
     "combine_",
     "normal",
     "perturb_",
+    "rademacher",
     "random_words",
 ]

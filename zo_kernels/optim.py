@@ -60,7 +60,7 @@ class StepRecord:
 class ZOSGD(torch.optim.Optimizer):
     r"""SGD along gradients estimated from losses at theta + eps z and theta - eps z.
 
-    Per query, with z ~ N(0, I) addressed by (seed, direction, parameter, element):
+    Per query, with z ~ N(0, I) or Rademacher, addressed by (seed, direction, parameter, element):
 
         g = (l(theta + eps z) - l(theta - eps z)) / (2 eps)
         theta <- (1 - lr * weight_decay) theta - lr * mean_q(g_q z_q)
@@ -90,6 +90,8 @@ class ZOSGD(torch.optim.Optimizer):
         mode: who owns the weights during an evaluation: "streamed" (default, exact) or "mezo"
             (in place, drifts; for comparison).
         seed: key of all noise, in [0, 2^64).
+        distribution: of z, "normal" or "rademacher" (+1 or -1, with which the passes over the
+            weights run at the speed of memory on every GPU).
         backend: None (by device), "reference", "native" or "triton".
 
     The closure may return any number; it runs without gradients. It must be a pure function of
@@ -114,6 +116,7 @@ class ZOSGD(torch.optim.Optimizer):
         update_norm: float | None = None,
         mode: str = "streamed",
         seed: int = 0,
+        distribution: str = "normal",
         backend: str | None = None,
     ) -> None:
         if isinstance(queries, bool) or not isinstance(queries, int) or queries < 1:
@@ -124,8 +127,12 @@ class ZOSGD(torch.optim.Optimizer):
             raise ValueError(f"backend: expected None or one of {ops.BACKENDS}, got {backend!r}")
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
             raise ValueError(f"seed: expected an int with 0 <= seed < 2^64, got {seed!r}")
+        if distribution not in noise.DISTRIBUTIONS:
+            raise ValueError(
+                f"distribution: expected one of {noise.DISTRIBUTIONS}, got {distribution!r}"
+            )
         self.queries, self.seed = queries, seed
-        self.mode = MODES[mode](seed=seed, backend=backend)
+        self.mode = MODES[mode](seed=seed, backend=backend, distribution=distribution)
         self.steps = 0
         self.last_step: StepRecord | None = None
         self._streams: dict[str, int] = {}
@@ -224,6 +231,7 @@ class ZOSGD(torch.optim.Optimizer):
             "queries": self.queries,
             "steps": self.steps,
             "mode": self.mode.name,
+            "distribution": self.mode.distribution,
             "streams": dict(self._streams),
         }
         return state
@@ -232,8 +240,8 @@ class ZOSGD(torch.optim.Optimizer):
         """Continue another optimizer's run: its seed, step count, groups and measured scales.
 
         Raises:
-            ValueError: if the state is not ZOSGD's, needs another NOISE_SPEC or mode, or is of
-                parameters with other names.
+            ValueError: if the state is not ZOSGD's, needs another NOISE_SPEC, mode or
+                distribution, or is of parameters with other names.
         """
         zo = state_dict.get("zo")
         if zo is None:
@@ -241,6 +249,7 @@ class ZOSGD(torch.optim.Optimizer):
         for key, expected in (
             ("noise_spec", noise.NOISE_SPEC),
             ("mode", self.mode.name),
+            ("distribution", self.mode.distribution),
             ("streams", self._streams),
         ):
             if zo[key] != expected:

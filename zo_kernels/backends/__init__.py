@@ -3,8 +3,10 @@
 ``reference`` (torch, slow, obvious), ``native`` (C++, CPU) and ``triton`` (GPU, or the CPU in
 Triton's interpreter) each offer, with one signature and the same bits:
 
-    combine_(dst, src, scales, *, seed, directions, streams, offsets, src_scale, stochastic)
+    combine_(dst, src, scales, *, seed, directions, streams, offsets, src_scale, stochastic,
+             distribution, changes)
     normal(count, *, seed, direction, stream, offset, device)
+    rademacher(count, *, seed, direction, stream, offset, device)
     random_words(count, *, seed, direction, stream, offset, device)
 
 Arguments are checked in zo_kernels/ops.py, not here.

@@ -24,17 +24,20 @@ def _multiply(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return (upper + (lower >> 16)) >> 16, ((upper << 16) + lower) & _MASK
 
 
-def philox(block: Tensor, *, seed: int, stream: int, direction: int) -> tuple[Tensor, ...]:
+def philox(
+    block: Tensor, *, seed: int, stream: int, direction: int, domain: int = 0
+) -> tuple[Tensor, ...]:
     """The four Philox4x32-10 words of each block.
 
     Args:
         block: any shape, int64, block numbers (element index // 4).
+        domain: set in the second counter word.
 
     Returns:
         Four int64 tensors of block's shape with values below 2^32.
     """
     k0, k1 = seed & _MASK, seed >> 32
-    c0, c1 = block & _MASK, (block >> 32) & _MASK
+    c0, c1 = block & _MASK, ((block >> 32) & _MASK) | domain
     c2, c3 = torch.full_like(block, stream), torch.full_like(block, direction)
     for _ in range(noise.PHILOX_ROUNDS):
         high0, low0 = _multiply(c0, noise.PHILOX_M0)
@@ -94,19 +97,38 @@ def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return r * cosine, r * (_horner(x, noise.SINE) * t)
 
 
-def _draw(start: int, count: int, address: dict, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Normals (float32) and rounding bits (int64) of elements [start, start + count)."""
-    first = start // 4
-    blocks = torch.arange(first, (start + count + 3) // 4, device=device)
-    w0, w1, w2, w3 = philox(blocks, **address)
-    normals = torch.stack([*box_muller(w0, w1), *box_muller(w2, w3)], dim=1).flatten()
-    low = [w & 0xFF for w in (w0, w1, w2, w3)]
-    bits = torch.stack(
-        [low[0] << 8 | low[1], low[1] << 8 | low[0], low[2] << 8 | low[3], low[3] << 8 | low[2]],
-        dim=1,
-    ).flatten()
-    here = slice(start - 4 * first, start - 4 * first + count)
-    return normals[here], bits[here]
+def _words(start: int, count: int, address: dict, device: torch.device) -> Tensor:
+    """The words (int64) of elements [start, start + count)."""
+    blocks = torch.arange(start // 4, (start + count + 3) // 4, device=device)
+    return torch.stack(philox(blocks, **address), dim=1).flatten()[start % 4 : start % 4 + count]
+
+
+def _normal(start: int, count: int, address: dict, device: torch.device) -> Tensor:
+    first, end = start // 4 * 4, (start + count + 3) // 4 * 4
+    words = _words(first, end - first, address, device)
+    pairs = box_muller(words[0::2], words[1::2])
+    return torch.stack(pairs, dim=1).flatten()[start - first : start - first + count]
+
+
+def _rademacher(start: int, count: int, address: dict, device: torch.device) -> Tensor:
+    index = torch.arange(start, start + count, device=device)
+    block = index // noise.RADEMACHER_SPAN * 32 + index % 256 // noise.RADEMACHER_GROUP
+    words = torch.stack(philox(block, **address, domain=noise.RADEMACHER_DOMAIN))
+    byte = index % noise.RADEMACHER_SPAN // 256
+    word = words.gather(0, (byte // 4).unsqueeze(0)).squeeze(0)
+    bit = (word >> (byte % 4 * 8 + index % 8)) & 1
+    return (1 - 2 * bit).float()
+
+
+_DRAW = {"normal": _normal, "rademacher": _rademacher}
+
+
+def _rounding_bits(start: int, count: int, address: dict, device: torch.device) -> Tensor:
+    """16 bits (int64) of each element: the low bytes of its pair, its own word's first."""
+    first, end = start // 2 * 2, (start + count + 1) // 2 * 2
+    low = (_words(first, end - first, address, device) & 0xFF).view(-1, 2)
+    bits = (low << 8 | low.flip(1)).flatten()
+    return bits[start - first : start - first + count]
 
 
 def round_stochastic(value: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -138,21 +160,35 @@ def combine_(
     offsets: Sequence[int],
     src_scale: float,
     stochastic: bool,
+    distribution: str,
+    changes: Tensor | None,
 ) -> None:
     """dst = round(src_scale * src + sum_k scales[.][k] z_k); see zo_kernels.ops.combine_."""
     factor = torch.tensor(src_scale, dtype=torch.float32)
-    for d, s, row, stream, offset in zip(dst, src, scales, streams, offsets, strict=True):
-        coefficients = torch.tensor(row, dtype=torch.float32).tolist()
+    draw = _DRAW[distribution]
+    if changes is not None:
+        changes.zero_()
+    for i, (d, s) in enumerate(zip(dst, src, strict=True)):
+        coefficients = torch.tensor(scales[i], dtype=torch.float32).tolist()
         d_flat, s_flat = d.view(-1), s.view(-1)
         for start in range(0, d.numel(), _CHUNK):
             count = min(_CHUNK, d.numel() - start)
-            acc = s_flat[start : start + count].float() * factor.to(s.device)
+            old = s_flat[start : start + count].float()
+            acc = old * factor.to(s.device)
             for direction, c in zip(directions, coefficients, strict=True):
-                address = {"seed": seed, "stream": stream, "direction": direction}
-                z, bits = _draw(offset + start, count, address, d.device)
-                acc = fma(z, c, acc)
-            rounded = round_stochastic(acc, bits, d.dtype) if stochastic else acc.to(d.dtype)
-            d_flat[start : start + count] = rounded
+                address = {"seed": seed, "stream": streams[i], "direction": direction}
+                acc = fma(draw(offsets[i] + start, count, address, d.device), c, acc)
+            if stochastic:
+                bits = _rounding_bits(offsets[i] + start, count, address, d.device)
+                new = round_stochastic(acc, bits, d.dtype)
+            else:
+                new = acc.to(d.dtype)
+            if changes is not None:  # before the write: old is src itself if that is float32
+                moved, wanted = new.float() - old, acc - old
+                lost = ((moved == 0) & (wanted != 0)).sum()
+                sums = [(moved.double() ** 2).sum(), (wanted.double() ** 2).sum(), lost.double()]
+                changes[i] += torch.stack(sums).to(changes.device)
+            d_flat[start : start + count] = new
 
 
 def normal(
@@ -160,13 +196,20 @@ def normal(
 ) -> Tensor:
     """Elements [offset, offset + count) of z: (count,) float32."""
     address = {"seed": seed, "stream": stream, "direction": direction}
-    return _draw(offset, count, address, device)[0]
+    return _normal(offset, count, address, device)
+
+
+def rademacher(
+    count: int, *, seed: int, direction: int, stream: int, offset: int, device: torch.device
+) -> Tensor:
+    """Elements [offset, offset + count) of z, +1 or -1: (count,) float32."""
+    address = {"seed": seed, "stream": stream, "direction": direction}
+    return _rademacher(offset, count, address, device)
 
 
 def random_words(
     count: int, *, seed: int, direction: int, stream: int, offset: int, device: torch.device
 ) -> Tensor:
     """Words of elements [offset, offset + count): (count,) int64 with values below 2^32."""
-    blocks = torch.arange(offset // 4, (offset + count + 3) // 4, device=device)
-    words = torch.stack(philox(blocks, seed=seed, stream=stream, direction=direction), dim=1)
-    return words.flatten()[offset % 4 : offset % 4 + count]
+    address = {"seed": seed, "stream": stream, "direction": direction}
+    return _words(offset, count, address, device)

@@ -30,15 +30,19 @@ class Mode(ABC):
     Args:
         seed: key of all noise of the run.
         backend: None (by device) or a backend's name.
+        distribution: of z, "normal" or "rademacher".
     """
 
     name: ClassVar[str]
     #: Whether an evaluation leaves every weight bit-identical.
     exact: ClassVar[bool]
 
-    def __init__(self, *, seed: int, backend: str | None = None) -> None:
+    def __init__(
+        self, *, seed: int, backend: str | None = None, distribution: str = "normal"
+    ) -> None:
         self.seed = seed
         self.backend = backend
+        self.distribution = distribution
 
     @abstractmethod
     def evaluate_pair(
@@ -74,6 +78,7 @@ class Mode(ABC):
             streams=[slot.stream for slot in slots],
             rounding="stochastic",
             src_scale=src_scale,
+            distribution=self.distribution,
             backend=self.backend,
         )
 

@@ -46,5 +46,6 @@ class MezoMode(Mode):
             seed=self.seed,
             direction=direction,
             streams=[slot.stream for slot in slots],
+            distribution=self.distribution,
             backend=self.backend,
         )

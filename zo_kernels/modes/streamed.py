@@ -76,7 +76,7 @@ class StreamedWeights(TorchFunctionMode):
     Args:
         slots: the parameters.
         scales: factor of z for each.
-        seed, direction, backend: of the noise.
+        seed, direction, backend, distribution: of the noise.
         scratch: buffer to reuse between contexts; a new one by default.
 
     ``used`` counts the substitutions made. Reading a parameter's address inside the context
@@ -92,11 +92,12 @@ class StreamedWeights(TorchFunctionMode):
         seed: int,
         direction: int,
         backend: str | None = None,
+        distribution: str = "normal",
         scratch: Scratch | None = None,
     ) -> None:
         super().__init__()
         self._slots = {id(s.tensor): (s, c) for s, c in zip(slots, scales, strict=True)}
-        self._seed, self._direction = seed, direction
+        self._seed, self._direction, self._distribution = seed, direction, distribution
         # Straight to the backend: a model has hundreds of operations a forward, and what the
         # public op checks is checked here once.
         self._rooms = {
@@ -170,6 +171,8 @@ class StreamedWeights(TorchFunctionMode):
                     offsets=[0 if offsets is None else offsets[i] for i in members],
                     src_scale=1.0,
                     stochastic=False,
+                    distribution=self._distribution,
+                    changes=None,
                 )
 
     def _looked_up(self, ids: Tensor, weight: Tensor, *rest: Any, **kwargs: Any) -> bool:
@@ -204,8 +207,10 @@ class StreamedMode(Mode):
     name = "streamed"
     exact = True
 
-    def __init__(self, *, seed: int, backend: str | None = None) -> None:
-        super().__init__(seed=seed, backend=backend)
+    def __init__(
+        self, *, seed: int, backend: str | None = None, distribution: str = "normal"
+    ) -> None:
+        super().__init__(seed=seed, backend=backend, distribution=distribution)
         self._scratch = Scratch()
 
     def evaluate_pair(
@@ -224,6 +229,7 @@ class StreamedMode(Mode):
                 seed=self.seed,
                 direction=direction,
                 backend=self.backend,
+                distribution=self.distribution,
                 scratch=self._scratch,
             ) as weights:
                 losses.append(loss_value(closure()))

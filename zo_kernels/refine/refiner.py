@@ -36,6 +36,7 @@ class RefineConfig:
         weight_decay, clip_projected_gradient, update_norm: as in ``ZOSGD``.
         schedule: "constant" or "cosine" (over ``steps``).
         mode: "streamed" or "mezo".
+        distribution: of the directions, "normal" or "rademacher".
         parameters: "linear" (weights of the decoder blocks' linears), "all", or shell patterns of
             parameter names separated by commas.
         seed: of the noise and the batch order.
@@ -55,6 +56,7 @@ class RefineConfig:
     update_norm: float | None = None
     schedule: str = "constant"
     mode: str = "streamed"
+    distribution: str = "normal"
     parameters: str = "linear"
     seed: int = 0
     max_length: int = 512
@@ -93,7 +95,7 @@ class ZORefiner:
             key: value
             for key, value in asdict(self.config).items()
             if key in ("lr", "eps", "relative_eps", "queries", "weight_decay", "mode", "seed")
-            or key in ("clip_projected_gradient", "update_norm")
+            or key in ("clip_projected_gradient", "update_norm", "distribution")
         }
         self.optimizer = ZOSGD(select_parameters(model, self.config.parameters), **options)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(

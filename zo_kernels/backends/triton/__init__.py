@@ -58,8 +58,12 @@ def combine_(
     offsets: Sequence[int],
     src_scale: float,
     stochastic: bool,
+    distribution: str,
+    changes: Tensor | None,
 ) -> None:
     """dst = round(src_scale * src + sum_k scales[.][k] z_k); see zo_kernels.ops.combine_."""
+    if distribution != "normal" or changes is not None:
+        raise RuntimeError("this backend has neither Rademacher directions nor changes yet")
     device = dst[0].device
     groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
     for i, (d, s) in enumerate(zip(dst, src, strict=True)):
