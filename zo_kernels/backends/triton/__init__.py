@@ -10,11 +10,16 @@ from torch import Tensor
 from triton import knobs
 
 from zo_kernels.backends.triton import compile as _compile
+from zo_kernels.backends.triton import launch as _launch
 from zo_kernels.backends.triton import perturb as _perturb
 from zo_kernels.backends.triton.interpreter import mend
 
 if knobs.runtime.interpret:
     mend()
+
+
+#: ``scales`` and ``directions`` may be tensors on the device.
+DEVICE_SCALES = True
 
 
 def interpreting() -> bool:
@@ -50,10 +55,10 @@ def _options(device: torch.device) -> dict:
 def combine_(
     dst: Sequence[Tensor],
     src: Sequence[Tensor],
-    scales: Sequence[Sequence[float]],
+    scales: Sequence[Sequence[float]] | Tensor,
     *,
     seed: int,
-    directions: Sequence[int],
+    directions: Sequence[int] | Tensor,
     streams: Sequence[int],
     offsets: Sequence[int],
     src_scale: float,
@@ -61,47 +66,65 @@ def combine_(
     distribution: str,
     changes: Tensor | None,
 ) -> None:
-    """dst = round(src_scale * src + sum_k scales[.][k] z_k); see zo_kernels.ops.combine_."""
-    if distribution != "normal" or changes is not None:
-        raise RuntimeError("this backend has neither Rademacher directions nor changes yet")
+    """dst = round(src_scale * src + sum_k scales[.][k] z_k); see zo_kernels.ops.combine_.
+
+    One launch per pair of dtypes. scales, float32 (K,) or (tensors, K), and directions, int64
+    (K,), may be tensors on the device.
+    """
     device = dst[0].device
+    count = len(directions)
+    by_row = not isinstance(scales, Tensor) or scales.dim() == 2
+    if not isinstance(scales, Tensor):
+        scales, directions = _launch.device_arguments(scales, directions, device)
+    if changes is not None:
+        changes.zero_()
     groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
     for i, (d, s) in enumerate(zip(dst, src, strict=True)):
-        if d.numel():
-            groups.setdefault((s.dtype, d.dtype), []).append(i)
+        groups.setdefault((s.dtype, d.dtype), []).append(i)
     for (src_dtype, dst_dtype), members in groups.items():
-        table, programs = _perturb.tile_table(
+        table, programs = _launch.device_table(
             [dst[i] for i in members],
             [src[i] for i in members],
             [streams[i] for i in members],
             [offsets[i] for i in members],
+            members if by_row else [0] * len(members),
+            device,
         )
-        rows = torch.tensor([scales[i] for i in members], dtype=torch.float32)
-        words = torch.tensor([_perturb.signed(d) for d in directions], dtype=torch.int32)
+        grid = sum(programs)
+        if grid == 0:
+            continue
+        partials = torch.empty(
+            (3, grid, _perturb.LANES) if changes is not None else 1,
+            dtype=torch.float32,
+            device=device,
+        )
         with _on(device):
-            _perturb.combine_kernel[(programs,)](
-                table.to(device, non_blocking=True),
-                rows.to(device, non_blocking=True),
-                words.to(device, non_blocking=True),
-                len(members),
-                len(directions),
-                _perturb.signed(seed & 0xFFFFFFFF),
-                _perturb.signed(seed >> 32),
+            _perturb.combine_kernel[(grid,)](
+                table,
+                scales,
+                directions,
+                partials,
+                table.shape[1],
+                count,
+                _launch.signed(seed & 0xFFFFFFFF),
+                _launch.signed(seed >> 32),
                 float(src_scale),
-                SRC_DTYPE=_perturb.TRITON_DTYPES[src_dtype],
-                DST_DTYPE=_perturb.TRITON_DTYPES[dst_dtype],
-                SRC_ITEMSIZE=src_dtype.itemsize,
-                DST_ITEMSIZE=dst_dtype.itemsize,
-                STOCHASTIC=stochastic and dst_dtype != torch.float32,
-                SCALE_SRC=src_scale != 1.0,
-                SINGLE=len(directions) == 1,
-                LANES=_perturb.LANES,
-                STEPS=_perturb.STEPS,
+                **_launch.constants(
+                    src_dtype,
+                    dst_dtype,
+                    stochastic=stochastic,
+                    rademacher=distribution == "rademacher",
+                    single=count == 1,
+                    scale_src=src_scale != 1.0,
+                    changes=changes is not None,
+                ),
                 **_options(device),
             )
+        if changes is not None:
+            _launch.sum_changes(partials, programs, members, changes)
 
 
-def _emit(count: int, dtype: torch.dtype, address: dict, device: torch.device) -> Tensor:
+def _emit(what: str, count: int, dtype: torch.dtype, address: dict, device: torch.device) -> Tensor:
     out = torch.empty(count, dtype=dtype, device=device)
     seed, begin = address["seed"], address["offset"]
     end = begin + count
@@ -112,11 +135,11 @@ def _emit(count: int, dtype: torch.dtype, address: dict, device: torch.device) -
             out,
             begin,
             end,
-            _perturb.signed(seed & 0xFFFFFFFF),
-            _perturb.signed(seed >> 32),
-            _perturb.signed(address["stream"]),
-            _perturb.signed(address["direction"]),
-            NORMAL=dtype == torch.float32,
+            _launch.signed(seed & 0xFFFFFFFF),
+            _launch.signed(seed >> 32),
+            _launch.signed(address["stream"]),
+            _launch.signed(address["direction"]),
+            WHAT=what,
             LANES=lanes,
             **_options(device),
         )
@@ -128,7 +151,15 @@ def normal(
 ) -> Tensor:
     """Elements [offset, offset + count) of z: (count,) float32."""
     address = {"seed": seed, "direction": direction, "stream": stream, "offset": offset}
-    return _emit(count, torch.float32, address, device)
+    return _emit("normal", count, torch.float32, address, device)
+
+
+def rademacher(
+    count: int, *, seed: int, direction: int, stream: int, offset: int, device: torch.device
+) -> Tensor:
+    """Elements [offset, offset + count) of z, +1 or -1: (count,) float32."""
+    address = {"seed": seed, "direction": direction, "stream": stream, "offset": offset}
+    return _emit("rademacher", count, torch.float32, address, device)
 
 
 def random_words(
@@ -136,4 +167,4 @@ def random_words(
 ) -> Tensor:
     """Words of elements [offset, offset + count): (count,) int64 with values below 2^32."""
     address = {"seed": seed, "direction": direction, "stream": stream, "offset": offset}
-    return _emit(count, torch.int32, address, device).long() & 0xFFFFFFFF
+    return _emit("random_words", count, torch.int32, address, device).long() & 0xFFFFFFFF

@@ -21,14 +21,16 @@ _C0, _C1, _C2, _C3 = (tl.constexpr(c) for c in noise.COSINE)
 _RSQRT_SEED = tl.constexpr(noise.RSQRT_SEED)
 _ANGLE_SCALE = tl.constexpr(noise.ANGLE_SCALE)
 _ANGLE_SHIFT = tl.constexpr(noise.ANGLE_SHIFT)
+_RADEMACHER_DOMAIN = tl.constexpr(noise.RADEMACHER_DOMAIN)
 
 
 @triton.jit
 def philox(block_lo, block_hi, seed_lo, seed_hi, stream, direction):
     """Four words per block; all arguments uint32.
 
-    block_lo: (LANES,), the others scalars, so that the half of rounds 1 and 2 that is the same in
-    all lanes is computed once. One 32x32->64 multiply gives both halves of each product.
+    block_lo: (LANES,), the others scalars wherever they can be, so that the half of rounds 1 and 2
+    that is the same in all lanes is computed once. One 32x32->64 multiply gives both halves of each
+    product.
     """
     c0, c1, c2, c3 = block_lo, block_hi, stream, direction
     k0, k1 = seed_lo, seed_hi
@@ -78,22 +80,34 @@ def box_muller(a, b):
 
 
 @triton.jit
-def normals(block_lo, block_hi, seed_lo, seed_hi, stream, direction):
-    """The four float32 normals of each block."""
-    a, b, c, d = philox(block_lo, block_hi, seed_lo, seed_hi, stream, direction)
+def normals(a, b, c, d):
+    """The four float32 normals of a block's words."""
     z0, z1 = box_muller(a, b)
     z2, z3 = box_muller(c, d)
     return z0, z1, z2, z3
 
 
 @triton.jit
-def normals_and_bits(block_lo, block_hi, seed_lo, seed_hi, stream, direction):
-    """The four normals of each block and, uint32 below 2^16, their rounding bits."""
-    a, b, c, d = philox(block_lo, block_hi, seed_lo, seed_hi, stream, direction)
-    z0, z1 = box_muller(a, b)
-    z2, z3 = box_muller(c, d)
+def rounding_bits(a, b, c, d):
+    """The rounding bits, uint32 below 2^16, of the four elements of a block's words."""
     la, lb, lc, ld = a & 0xFF, b & 0xFF, c & 0xFF, d & 0xFF
-    return z0, z1, z2, z3, la << 8 | lb, lb << 8 | la, lc << 8 | ld, ld << 8 | lc
+    return la << 8 | lb, lb << 8 | la, lc << 8 | ld, ld << 8 | lc
+
+
+@triton.jit
+def sign_byte(group, seed_lo, seed_hi, stream, direction):
+    """The signs of groups of 8 contiguous elements: bit e of the result belongs to element e.
+
+    group: (LANES,) int64, element index // 8.
+    """
+    block = (group >> 9) * 32 + (group & 31)
+    byte = (group >> 5) & 15
+    hi = (block >> 32).to(tl.uint32) | _RADEMACHER_DOMAIN
+    a, b, c, d = philox(block.to(tl.uint32), hi, seed_lo, seed_hi, stream, direction)
+    low = tl.where((byte & 4) != 0, b, a)
+    high = tl.where((byte & 4) != 0, d, c)
+    word = tl.where((byte & 8) != 0, high, low)
+    return (word >> ((byte & 3) * 8).to(tl.uint32)) & 0xFF
 
 
 @triton.jit

@@ -1,31 +1,44 @@
 """The primitive on a GPU: dst = round(src_scale * src + sum_k scales[k] * z_k).
 
-One launch covers a list of tensors. A program owns TILE elements, aligned in the index of the full
-parameter, so Philox blocks never straddle lanes; a lane owns 8 contiguous elements (4 where both
-dtypes are float32), one or two Philox blocks, and reads and writes them as 16 bytes where
-the tensor's memory allows it. Ragged ends and misaligned views take one scalar access per element,
-of the same arithmetic. Bytes moved per element: its size in src plus its size in dst.
+One launch covers a list of tensors. A program owns a tile of STEPS steps; in a step each of LANES
+lanes owns 16 contiguous, 16-byte aligned bytes of dst (twice, where dst is float32), whatever the
+element's index there: chunks begin where the memory of dst is aligned, not where a Philox block
+begins. Two loops share the arithmetic:
+
+- the hot one, for steps inside the tensor whose chunks begin at a block and whose src is aligned
+  like dst: 16-byte accesses, nothing computed twice;
+- the general one, for ragged ends and misaligned views: it draws one block more per chunk and picks
+  the elements it needs, keeps 16-byte stores (and loads, where src is aligned like dst) inside the
+  tensor, and has one masked access per element at the ends.
+
+Bytes moved per element: its size in src plus its size in dst.
 """
 
-from itertools import product
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from zo_kernels.backends.triton.compile import Variant
-from zo_kernels.backends.triton.noise import normals, normals_and_bits, philox, round_stochastic
+from zo_kernels import noise
+from zo_kernels.backends.triton.memory import (
+    join4,
+    join8,
+    load_masked,
+    load_wide,
+    store_masked,
+    store_wide,
+)
+from zo_kernels.backends.triton.noise import (
+    normals,
+    philox,
+    round_stochastic,
+    rounding_bits,
+    sign_byte,
+)
 
-LANES = 128  # per inner step, one per thread
-STEPS = 16  # inner steps per program: the table look-ups are shared by 16 * 128 * 8 elements
+LANES = 128  # one per thread
+STEPS = 16  # steps per program: the table look-ups are shared by 16 * 128 * 8 elements
 # Rows of the int64 table, one column per tensor.
-FIRST_TILE, DST, SRC, BEGIN, END, STREAM, ROWS = range(7)
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
+FIRST_TILE, DST, SRC, BEGIN, END, STREAM, ROW, ROWS = range(8)
+_RADEMACHER_DOMAIN = tl.constexpr(noise.RADEMACHER_DOMAIN)
 
 
 @triton.jit
@@ -43,80 +56,99 @@ def _find(table, tensors, program):
 
 
 @triton.jit
-def _split4(x, LANES: tl.constexpr):
-    even, odd = tl.split(tl.reshape(x, [LANES, 2, 2]))
-    x0, x2 = tl.split(even)
-    x1, x3 = tl.split(odd)
+def _draw(
+    lo, hi, k0, k1, stream, direction, BITS: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr
+):
+    """Normals (or rounding bits) of chunks that begin at block (hi, lo): (LANES, VEC)."""
+    a, b, c, d = philox(lo, hi, k0, k1, stream, direction)
+    if BITS:
+        x0, x1, x2, x3 = rounding_bits(a, b, c, d)
+    else:
+        x0, x1, x2, x3 = normals(a, b, c, d)
+    if VEC == 4:
+        return join4(x0, x1, x2, x3, LANES)
+    else:
+        a, b, c, d = philox(lo + 1, hi, k0, k1, stream, direction)
+        if BITS:
+            x4, x5, x6, x7 = rounding_bits(a, b, c, d)
+        else:
+            x4, x5, x6, x7 = normals(a, b, c, d)
+        return join8(x0, x1, x2, x3, x4, x5, x6, x7, LANES)
+
+
+@triton.jit
+def _pick(x0, x1, x2, x3, r):
+    """The r-th of four, r in 0..3 the same in all lanes."""
+    return tl.where((r & 2) != 0, tl.where((r & 1) != 0, x3, x2), tl.where((r & 1) != 0, x1, x0))
+
+
+@triton.jit
+def _draw_block(block, k0, k1, stream, direction, BITS: tl.constexpr):
+    hi = (block >> 32).to(tl.uint32)
+    a, b, c, d = philox(block.to(tl.uint32), hi, k0, k1, stream, direction)
+    if BITS:
+        x0, x1, x2, x3 = rounding_bits(a, b, c, d)
+    else:
+        x0, x1, x2, x3 = normals(a, b, c, d)
     return x0, x1, x2, x3
 
 
 @triton.jit
-def _join4(x0, x1, x2, x3, LANES: tl.constexpr):
-    return tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [LANES, 4])
-
-
-@triton.jit
-def _split8(x, LANES: tl.constexpr):
-    even, odd = tl.split(tl.reshape(x, [LANES, 4, 2]))
-    x0, x2, x4, x6 = _split4(even, LANES)
-    x1, x3, x5, x7 = _split4(odd, LANES)
-    return x0, x1, x2, x3, x4, x5, x6, x7
-
-
-@triton.jit
-def _join8(x0, x1, x2, x3, x4, x5, x6, x7, LANES: tl.constexpr):
-    even = _join4(x0, x2, x4, x6, LANES)
-    odd = _join4(x1, x3, x5, x7, LANES)
-    return tl.reshape(tl.join(even, odd), [LANES, 8])
-
-
-@triton.jit
-def _pointer(address, DTYPE: tl.constexpr):
-    """A 64-bit address, known to be a multiple of 16, as a pointer."""
-    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
-
-
-@triton.jit
-def _load_wide(address, DTYPE: tl.constexpr, ITEMSIZE: tl.constexpr, LANES: tl.constexpr):
-    """Eight contiguous elements per lane as float32 columns, in 16-byte accesses."""
-    lane = tl.arange(0, LANES)[:, None]
-    if ITEMSIZE == 2:
-        p = _pointer(address, DTYPE) + (lane * 8 + tl.arange(0, 8)[None, :])
-        return _split8(tl.load(p).to(tl.float32), LANES)
+def _draw_anywhere(
+    i, r, k0, k1, stream, direction, BITS: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr
+):
+    """As _draw, for chunks that begin at element i (LANES, int64), i % 4 = r in all lanes."""
+    block = i >> 2
+    x0, x1, x2, x3 = _draw_block(block, k0, k1, stream, direction, BITS)
+    x4, x5, x6, x7 = _draw_block(block + 1, k0, k1, stream, direction, BITS)
+    y0, y1 = _pick(x0, x1, x2, x3, r), _pick(x1, x2, x3, x4, r)
+    y2, y3 = _pick(x2, x3, x4, x5, r), _pick(x3, x4, x5, x6, r)
+    if VEC == 4:
+        return join4(y0, y1, y2, y3, LANES)
     else:
-        p = _pointer(address, DTYPE) + (lane * 8 + tl.arange(0, 4)[None, :])
-        x0, x1, x2, x3 = _split4(tl.load(p), LANES)
-        x4, x5, x6, x7 = _split4(tl.load(p + 4), LANES)
-        return x0, x1, x2, x3, x4, x5, x6, x7
+        x8, x9, x10, _ = _draw_block(block + 2, k0, k1, stream, direction, BITS)
+        y4, y5 = _pick(x4, x5, x6, x7, r), _pick(x5, x6, x7, x8, r)
+        y6, y7 = _pick(x6, x7, x8, x9, r), _pick(x7, x8, x9, x10, r)
+        return join8(y0, y1, y2, y3, y4, y5, y6, y7, LANES)
 
 
 @triton.jit
-def _store_wide(
-    address, x0, x1, x2, x3, x4, x5, x6, x7,
-    DTYPE: tl.constexpr, ITEMSIZE: tl.constexpr, LANES: tl.constexpr,
+def _signed(c, byte, VEC: tl.constexpr, LANES: tl.constexpr):
+    """c times the Rademacher signs in bits 0 .. VEC - 1 of each lane's byte: (LANES, VEC)."""
+    bits = c.to(tl.uint32, bitcast=True)
+    x0 = (((byte << 31) & 0x80000000) ^ bits).to(tl.float32, bitcast=True)
+    x1 = (((byte << 30) & 0x80000000) ^ bits).to(tl.float32, bitcast=True)
+    x2 = (((byte << 29) & 0x80000000) ^ bits).to(tl.float32, bitcast=True)
+    x3 = (((byte << 28) & 0x80000000) ^ bits).to(tl.float32, bitcast=True)
+    if VEC == 4:
+        return join4(x0, x1, x2, x3, LANES)
+    else:
+        x4 = (((byte << 27) & 0x80000000) ^ bits).to(tl.float32, bitcast=True)
+        x5 = (((byte << 26) & 0x80000000) ^ bits).to(tl.float32, bitcast=True)
+        x6 = (((byte << 25) & 0x80000000) ^ bits).to(tl.float32, bitcast=True)
+        x7 = (((byte << 24) & 0x80000000) ^ bits).to(tl.float32, bitcast=True)
+        return join8(x0, x1, x2, x3, x4, x5, x6, x7, LANES)
+
+
+@triton.jit
+def _add_anywhere(
+    acc, c, i, r, k0, k1, stream, direction,
+    RADEMACHER: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Counterpart of _load_wide; the columns already have DTYPE."""
-    lane = tl.arange(0, LANES)[:, None]
-    if ITEMSIZE == 2:
-        p = _pointer(address, DTYPE) + (lane * 8 + tl.arange(0, 8)[None, :])
-        tl.store(p, _join8(x0, x1, x2, x3, x4, x5, x6, x7, LANES))
+    """acc + c * z of chunks that begin at element i, r = i % 4."""
+    if RADEMACHER:
+        first = sign_byte(i >> 3, k0, k1, stream, direction)
+        last = sign_byte((i + VEC - 1) >> 3, k0, k1, stream, direction)
+        byte = (first | last << 8) >> (i & 7).to(tl.uint32)
+        return acc + _signed(c, byte, VEC, LANES)
     else:
-        p = _pointer(address, DTYPE) + (lane * 8 + tl.arange(0, 4)[None, :])
-        tl.store(p, _join4(x0, x1, x2, x3, LANES))
-        tl.store(p + 4, _join4(x4, x5, x6, x7, LANES))
+        z = _draw_anywhere(i, r, k0, k1, stream, direction, False, VEC, LANES)
+        return tl.fma(z, c, acc)
 
 
 @triton.jit
-def _load_one(base, index, begin, end, DTYPE: tl.constexpr):
-    """One element per lane, zero outside [begin, end)."""
-    mask = (index >= begin) & (index < end)
-    return tl.load(base.to(tl.pointer_type(DTYPE)) + index, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store_one(base, index, begin, end, value, DTYPE: tl.constexpr):
-    mask = (index >= begin) & (index < end)
-    tl.store(base.to(tl.pointer_type(DTYPE)) + index, value, mask=mask)
+def _direction(directions, k):
+    return tl.load(directions + k).to(tl.uint32)
 
 
 @triton.jit
@@ -127,11 +159,26 @@ def _round(value, bits, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
         return value.to(DTYPE)
 
 
+@triton.jit
+def _add_changes(moved, wanted, lost, old, acc, new, at, begin, end):
+    """Per lane: sums of (new - old)^2 and (acc - old)^2, and how many elements did not move."""
+    VEC: tl.constexpr = old.shape[1]
+    i = at + (tl.arange(0, old.shape[0])[:, None] * VEC + tl.arange(0, VEC)[None, :])
+    inside = (i >= begin) & (i < end)
+    m = tl.where(inside, new.to(tl.float32) - old, 0.0)
+    w = tl.where(inside, acc - old, 0.0)
+    moved += tl.sum(m * m, axis=1)
+    wanted += tl.sum(w * w, axis=1)
+    lost += tl.sum(((m == 0.0) & (w != 0.0)).to(tl.float32), axis=1)
+    return moved, wanted, lost
+
+
 @triton.jit(do_not_specialize=["tensors", "directions_count", "seed_lo", "seed_hi", "src_scale"])
 def combine_kernel(
     table,  # (ROWS, tensors) int64
-    scales,  # (tensors, directions_count) float32
-    directions,  # (directions_count,) int32 bit patterns
+    scales,  # (rows, directions_count) float32
+    directions,  # (directions_count,) int64
+    partials,  # (3, programs, LANES) float32, if CHANGES
     tensors,
     directions_count,
     seed_lo,  # int32 bit patterns of the seed's halves
@@ -141,17 +188,25 @@ def combine_kernel(
     DST_DTYPE: tl.constexpr,
     SRC_ITEMSIZE: tl.constexpr,
     DST_ITEMSIZE: tl.constexpr,
+    RADEMACHER: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     SCALE_SRC: tl.constexpr,
     SINGLE: tl.constexpr,  # directions_count == 1
+    CHANGES: tl.constexpr,
     LANES: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """See the module; table rows are FIRST_TILE, DST, SRC, BEGIN, END, STREAM of this file.
+    """See the module; table rows are FIRST_TILE .. ROW of this file.
 
     DST and SRC are the addresses that element 0 of the full parameter would have.
     """
-    WIDTH: tl.constexpr = LANES * 8
+    VEC: tl.constexpr = 16 // DST_ITEMSIZE  # elements of a chunk
+    WIDTH: tl.constexpr = LANES * VEC  # elements of a row of chunks
+    STEP: tl.constexpr = LANES * 8
+    ROWS_PER_STEP: tl.constexpr = 8 // VEC
+    TILE: tl.constexpr = STEP * STEPS
+    UNIT: tl.constexpr = 4 if RADEMACHER else 1  # steps that the hot loop takes together
+    SRC_ALIGNMENT: tl.constexpr = 16 if VEC * SRC_ITEMSIZE > 16 else VEC * SRC_ITEMSIZE
     program = tl.program_id(0).to(tl.int64)
     k0 = seed_lo.to(tl.uint32, bitcast=True)
     k1 = seed_hi.to(tl.uint32, bitcast=True)
@@ -163,85 +218,128 @@ def combine_kernel(
     begin = tl.load(table + 3 * tensors + column)
     end = tl.load(table + 4 * tensors + column)
     stream = tl.load(table + 5 * tensors + column).to(tl.uint32)
-    first = (begin // (WIDTH * STEPS) + tile) * (WIDTH * STEPS)
-    aligned = ((dst | src) & 15) == 0
-    row = scales + column.to(tl.int64) * directions_count
+    row = scales + tl.load(table + 6 * tensors + column) * directions_count
     last_scale = tl.load(row + directions_count - 1)
-    last_direction = tl.load(directions + directions_count - 1).to(tl.uint32, bitcast=True)
+    last_direction = _direction(directions, directions_count - 1)
+
+    # Chunks begin at elements x + shift, x a multiple of VEC, -VEC < shift <= 0: there dst is
+    # aligned.
+    shift = (((-dst) & 15) // DST_ITEMSIZE).to(tl.int32)
+    shift = tl.where(shift > 0, shift - VEC, 0)
+    r = shift & 3
+    start = ((begin - shift) // TILE + tile) * TILE
+    src_aligned = ((src + shift * SRC_ITEMSIZE) & (SRC_ALIGNMENT - 1)) == 0
+    if RADEMACHER:
+        hot = src_aligned & (shift == 0)
+    else:
+        hot = src_aligned & (r == 0)
+    # Steps of this tile that touch the tensor, and those among them that the hot loop takes.
+    low = tl.maximum(begin - shift - start, 0)
+    high = tl.minimum(end - shift - start, TILE)
+    first = (low // STEP).to(tl.int32)
+    last = ((high + STEP - 1) // STEP).to(tl.int32)
+    hot_first = ((low + STEP * UNIT - 1) // (STEP * UNIT)).to(tl.int32)
+    # The high counter word must be the same in all lanes: it changes within this step.
+    wraps = (shift != 0) & ((start & 0x3FFFFFFFF) == 0)
+    hot_first = tl.where(wraps, tl.maximum(hot_first, 1), hot_first)
+    hot_last = (high // (STEP * UNIT)).to(tl.int32)
+    hot_last = tl.where(hot, tl.maximum(hot_last, hot_first), hot_first)
 
     lane = tl.arange(0, LANES)
-    for step in range(STEPS):
-        at = first + step * WIDTH
-        if (at < end) & (at + WIDTH > begin):
-            wide = aligned & (at >= begin) & (at + WIDTH <= end)
-            i = at + lane * 8
-            if wide:
-                a0, a1, a2, a3, a4, a5, a6, a7 = _load_wide(
-                    src + at * SRC_ITEMSIZE, SRC_DTYPE, SRC_ITEMSIZE, LANES
-                )
-            else:
-                a0 = _load_one(src, i, begin, end, SRC_DTYPE)
-                a1 = _load_one(src, i + 1, begin, end, SRC_DTYPE)
-                a2 = _load_one(src, i + 2, begin, end, SRC_DTYPE)
-                a3 = _load_one(src, i + 3, begin, end, SRC_DTYPE)
-                a4 = _load_one(src, i + 4, begin, end, SRC_DTYPE)
-                a5 = _load_one(src, i + 5, begin, end, SRC_DTYPE)
-                a6 = _load_one(src, i + 6, begin, end, SRC_DTYPE)
-                a7 = _load_one(src, i + 7, begin, end, SRC_DTYPE)
-            if SCALE_SRC:
-                a0, a1, a2, a3 = a0 * src_scale, a1 * src_scale, a2 * src_scale, a3 * src_scale
-                a4, a5, a6, a7 = a4 * src_scale, a5 * src_scale, a6 * src_scale, a7 * src_scale
+    moved = tl.zeros([LANES], tl.float32)
+    wanted = tl.zeros([LANES], tl.float32)
+    lost = tl.zeros([LANES], tl.float32)
 
-            # A step never crosses a multiple of 2^34 elements: the high counter word is uniform.
-            hi = ((at // 4) >> 32).to(tl.uint32)
-            lo = (at // 4).to(tl.uint32) + lane.to(tl.uint32) * 2
+    for unit in range(hot_first, hot_last):
+        origin = start + unit * (STEP * UNIT)
+        if RADEMACHER:
+            # A unit is the span of 32 calls; a lane needs one of them, a word of it per step.
+            call_lo = (origin >> 7).to(tl.uint32) + (lane.to(tl.uint32) * VEC // 8) % 32
+            call_hi = (origin >> 39).to(tl.uint32) | _RADEMACHER_DOMAIN
+            wa, wb, wc, wd = philox(call_lo, call_hi, k0, k1, stream, last_direction)
+        for part in tl.static_range(UNIT * ROWS_PER_STEP):
+            at = origin + part * WIDTH + shift
+            old = load_wide(src + at * SRC_ITEMSIZE, SRC_DTYPE, SRC_ITEMSIZE, VEC, LANES)
+            acc = old * src_scale if SCALE_SRC else old
+            lo = (at >> 2).to(tl.uint32) + lane.to(tl.uint32) * (VEC // 4)
+            hi = (at >> 34).to(tl.uint32)
             if not SINGLE:
                 for k in range(directions_count - 1):
                     c = tl.load(row + k)
-                    direction = tl.load(directions + k).to(tl.uint32, bitcast=True)
-                    z0, z1, z2, z3 = normals(lo, hi, k0, k1, stream, direction)
-                    z4, z5, z6, z7 = normals(lo + 1, hi, k0, k1, stream, direction)
-                    a0, a1, a2, a3 = (
-                        tl.fma(z0, c, a0),
-                        tl.fma(z1, c, a1),
-                        tl.fma(z2, c, a2),
-                        tl.fma(z3, c, a3),
-                    )
-                    a4, a5, a6, a7 = (
-                        tl.fma(z4, c, a4),
-                        tl.fma(z5, c, a5),
-                        tl.fma(z6, c, a6),
-                        tl.fma(z7, c, a7),
-                    )
-            z0, z1, z2, z3, r0, r1, r2, r3 = normals_and_bits(
-                lo, hi, k0, k1, stream, last_direction
-            )
-            z4, z5, z6, z7, r4, r5, r6, r7 = normals_and_bits(
-                lo + 1, hi, k0, k1, stream, last_direction
-            )
-            o0 = _round(tl.fma(z0, last_scale, a0), r0, DST_DTYPE, STOCHASTIC)
-            o1 = _round(tl.fma(z1, last_scale, a1), r1, DST_DTYPE, STOCHASTIC)
-            o2 = _round(tl.fma(z2, last_scale, a2), r2, DST_DTYPE, STOCHASTIC)
-            o3 = _round(tl.fma(z3, last_scale, a3), r3, DST_DTYPE, STOCHASTIC)
-            o4 = _round(tl.fma(z4, last_scale, a4), r4, DST_DTYPE, STOCHASTIC)
-            o5 = _round(tl.fma(z5, last_scale, a5), r5, DST_DTYPE, STOCHASTIC)
-            o6 = _round(tl.fma(z6, last_scale, a6), r6, DST_DTYPE, STOCHASTIC)
-            o7 = _round(tl.fma(z7, last_scale, a7), r7, DST_DTYPE, STOCHASTIC)
-
-            if wide:
-                _store_wide(
-                    dst + at * DST_ITEMSIZE, o0, o1, o2, o3, o4, o5, o6, o7,
-                    DST_DTYPE, DST_ITEMSIZE, LANES,
-                )  # fmt: skip
+                    direction = _direction(directions, k)
+                    if RADEMACHER:
+                        acc = _add_anywhere(
+                            acc, c, at + lane * VEC, 0, k0, k1, stream, direction,
+                            RADEMACHER, VEC, LANES,
+                        )  # fmt: skip
+                    else:
+                        z = _draw(lo, hi, k0, k1, stream, direction, False, VEC, LANES)
+                        acc = tl.fma(z, c, acc)
+            if RADEMACHER:
+                if part // ROWS_PER_STEP == 0:
+                    word = wa
+                elif part // ROWS_PER_STEP == 1:
+                    word = wb
+                elif part // ROWS_PER_STEP == 2:
+                    word = wc
+                else:
+                    word = wd
+                bit = (part % ROWS_PER_STEP) * 16 + lane.to(tl.uint32) * VEC // 256 * 8
+                bit += lane.to(tl.uint32) * VEC % 8
+                acc += _signed(last_scale, word >> bit, VEC, LANES)
             else:
-                _store_one(dst, i, begin, end, o0, DST_DTYPE)
-                _store_one(dst, i + 1, begin, end, o1, DST_DTYPE)
-                _store_one(dst, i + 2, begin, end, o2, DST_DTYPE)
-                _store_one(dst, i + 3, begin, end, o3, DST_DTYPE)
-                _store_one(dst, i + 4, begin, end, o4, DST_DTYPE)
-                _store_one(dst, i + 5, begin, end, o5, DST_DTYPE)
-                _store_one(dst, i + 6, begin, end, o6, DST_DTYPE)
-                _store_one(dst, i + 7, begin, end, o7, DST_DTYPE)
+                z = _draw(lo, hi, k0, k1, stream, last_direction, False, VEC, LANES)
+                acc = tl.fma(z, last_scale, acc)
+            if STOCHASTIC:
+                bits = _draw(lo, hi, k0, k1, stream, last_direction, True, VEC, LANES)
+            else:
+                bits = 0
+            new = _round(acc, bits, DST_DTYPE, STOCHASTIC)
+            store_wide(dst + at * DST_ITEMSIZE, new, DST_DTYPE, VEC, LANES)
+            if CHANGES:
+                moved, wanted, lost = _add_changes(
+                    moved, wanted, lost, old, acc, new, at, begin, end
+                )
+
+    taken = (hot_last - hot_first) * UNIT
+    before = (hot_first * UNIT - first) * ROWS_PER_STEP
+    for n in range((last - first - taken) * ROWS_PER_STEP):
+        part = n + tl.where(n < before, first, first + taken) * ROWS_PER_STEP
+        at = start + part * WIDTH + shift
+        i = at + lane * VEC
+        inside = (at >= begin) & (at + WIDTH <= end)
+        if inside & src_aligned:
+            old = load_wide(src + at * SRC_ITEMSIZE, SRC_DTYPE, SRC_ITEMSIZE, VEC, LANES)
+        else:
+            old = load_masked(src, i, begin, end, SRC_DTYPE, VEC, LANES)
+        acc = old * src_scale if SCALE_SRC else old
+        if not SINGLE:
+            for k in range(directions_count - 1):
+                acc = _add_anywhere(
+                    acc, tl.load(row + k), i, r, k0, k1, stream, _direction(directions, k),
+                    RADEMACHER, VEC, LANES,
+                )  # fmt: skip
+        acc = _add_anywhere(
+            acc, last_scale, i, r, k0, k1, stream, last_direction, RADEMACHER, VEC, LANES
+        )
+        if STOCHASTIC:
+            bits = _draw_anywhere(i, r, k0, k1, stream, last_direction, True, VEC, LANES)
+        else:
+            bits = 0
+        new = _round(acc, bits, DST_DTYPE, STOCHASTIC)
+        if inside:
+            store_wide(dst + at * DST_ITEMSIZE, new, DST_DTYPE, VEC, LANES)
+        else:
+            store_masked(dst, i, begin, end, new, DST_DTYPE, VEC, LANES)
+        if CHANGES:
+            moved, wanted, lost = _add_changes(moved, wanted, lost, old, acc, new, at, begin, end)
+
+    if CHANGES:
+        p = partials + program * LANES + lane
+        plane = tl.num_programs(0).to(tl.int64) * LANES
+        tl.store(p, moved)
+        tl.store(p + plane, wanted)
+        tl.store(p + 2 * plane, lost)
 
 
 @triton.jit(do_not_specialize=["begin", "end", "seed_lo", "seed_hi", "stream", "direction"])
@@ -253,100 +351,31 @@ def emit_kernel(
     seed_hi,
     stream,
     direction,
-    NORMAL: tl.constexpr,
+    WHAT: tl.constexpr,  # "normal", "rademacher" or "random_words"
     LANES: tl.constexpr,
 ):
-    """Writes normals or words of [begin, end), one Philox block per lane; for looking and tests."""
+    """Writes normals, signs or words of [begin, end), four elements per lane; for tests."""
     first = (begin // 4 // LANES + tl.program_id(0).to(tl.int64)) * LANES
-    hi = (first >> 32).to(tl.uint32)
-    lane = tl.arange(0, LANES)
-    lo = first.to(tl.uint32) + lane.to(tl.uint32)
+    block = first + tl.arange(0, LANES)
     k0 = seed_lo.to(tl.uint32, bitcast=True)
     k1 = seed_hi.to(tl.uint32, bitcast=True)
     c2 = stream.to(tl.uint32, bitcast=True)
     c3 = direction.to(tl.uint32, bitcast=True)
-    if NORMAL:
-        x0, x1, x2, x3 = normals(lo, hi, k0, k1, c2, c3)
+    if WHAT == "rademacher":
+        byte = sign_byte(block >> 1, k0, k1, c2, c3) >> ((block & 1) * 4).to(tl.uint32)
+        x0, x1 = 1.0 - 2.0 * (byte & 1), 1.0 - 2.0 * (byte >> 1 & 1)
+        x2, x3 = 1.0 - 2.0 * (byte >> 2 & 1), 1.0 - 2.0 * (byte >> 3 & 1)
     else:
-        x0, x1, x2, x3 = philox(lo, hi, k0, k1, c2, c3)
-        x0, x1 = x0.to(tl.int32, bitcast=True), x1.to(tl.int32, bitcast=True)
-        x2, x3 = x2.to(tl.int32, bitcast=True), x3.to(tl.int32, bitcast=True)
-    i = (first + lane) * 4 - begin
+        hi = (first >> 32).to(tl.uint32)
+        a, b, c, d = philox(block.to(tl.uint32), hi, k0, k1, c2, c3)
+        if WHAT == "normal":
+            x0, x1, x2, x3 = normals(a, b, c, d)
+        else:
+            x0, x1 = a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True)
+            x2, x3 = c.to(tl.int32, bitcast=True), d.to(tl.int32, bitcast=True)
+    i = block * 4 - begin
     count = end - begin
     tl.store(out + i, x0, mask=(i >= 0) & (i < count))
     tl.store(out + i + 1, x1, mask=(i + 1 >= 0) & (i + 1 < count))
     tl.store(out + i + 2, x2, mask=(i + 2 >= 0) & (i + 2 < count))
     tl.store(out + i + 3, x3, mask=(i + 3 >= 0) & (i + 3 < count))
-
-
-def signed(word: int) -> int:
-    """The int32 with the bit pattern of a u32 (Triton types integers by their value)."""
-    return word - (1 << 32) if word >> 31 else word
-
-
-def _address(tensor: Tensor, offset: int) -> int:
-    """Where element 0 of the full parameter would lie, modulo 2^64 as pointer arithmetic is."""
-    address = tensor.data_ptr() - offset * tensor.element_size()
-    return (address + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-def tile_table(
-    dst: list[Tensor], src: list[Tensor], streams: list[int], offsets: list[int]
-) -> tuple[Tensor, int]:
-    """The int64 table (ROWS, tensors) on the CPU, and the number of programs."""
-    tile = LANES * 8 * STEPS
-    columns, programs = [], 0
-    for d, s, stream, offset in zip(dst, src, streams, offsets, strict=True):
-        if d.numel() == 0:
-            continue
-        end = offset + d.numel()
-        columns.append((programs, _address(d, offset), _address(s, offset), offset, end, stream))
-        programs += -(-end // tile) - offset // tile
-    return torch.tensor(columns, dtype=torch.int64).t().contiguous(), programs
-
-
-_SIGNATURE = {
-    "table": "*i64",
-    "scales": "*fp32",
-    "directions": "*i32",
-    "tensors": "i32",
-    "directions_count": "i32",
-    "seed_lo": "i32",
-    "seed_hi": "i32",
-    "src_scale": "fp32",
-}
-_SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-def variants() -> list[Variant]:
-    """What ZOSGD launches: in place on each dtype, one or several directions, both roundings."""
-    result = []
-    for dtype, single, stochastic in product(TRITON_DTYPES, (True, False), (False, True)):
-        if stochastic and dtype == torch.float32:
-            continue
-        name = f"combine {_SHORT_NAMES[dtype]}"
-        name += ("" if single else " directions") + (" stochastic" if stochastic else "")
-        constants = {
-            "SRC_DTYPE": TRITON_DTYPES[dtype],
-            "DST_DTYPE": TRITON_DTYPES[dtype],
-            "SRC_ITEMSIZE": dtype.itemsize,
-            "DST_ITEMSIZE": dtype.itemsize,
-            "STOCHASTIC": stochastic,
-            "SCALE_SRC": False,
-            "SINGLE": single,
-            "LANES": LANES,
-            "STEPS": STEPS,
-        }
-        result.append(
-            Variant(
-                name=name,
-                kernel=combine_kernel,
-                signature=_SIGNATURE,
-                constants=constants,
-                aligned=("table", "scales", "directions"),
-                lanes=LANES,
-                bytes_per_element=2.0 * dtype.itemsize,
-                dst_itemsize=dtype.itemsize,
-            )
-        )
-    return result

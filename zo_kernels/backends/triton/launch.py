@@ -1,0 +1,201 @@
+"""What the host prepares for a launch: the table of tensors, kept on the device between calls."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import product
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from zo_kernels.backends.triton.compile import Variant
+from zo_kernels.backends.triton.perturb import LANES, STEPS, combine_kernel
+
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+_KEPT = 4096  # tables; one takes 56 bytes per tensor, at least 512 on a GPU
+_tables: OrderedDict[tuple, tuple[Tensor, list[int]]] = OrderedDict()
+
+
+def signed(word: int) -> int:
+    """The int32 with the bit pattern of a u32 (Triton types integers by their value)."""
+    return word - (1 << 32) if word >> 31 else word
+
+
+def _address(tensor: Tensor, offset: int) -> int:
+    """Where element 0 of the full parameter would lie, modulo 2^64 as pointer arithmetic is."""
+    address = tensor.data_ptr() - offset * tensor.element_size()
+    return (address + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def tile_table(
+    dst: Sequence[Tensor],
+    src: Sequence[Tensor],
+    streams: Sequence[int],
+    offsets: Sequence[int],
+    rows: Sequence[int],
+    steps: int = STEPS,
+) -> tuple[Tensor, list[int]]:
+    """The int64 table (ROWS, tensors that are not empty) on the CPU, and each tensor's programs.
+
+    ``rows`` are the tensors' places in the scales. A tensor's tiles begin where its memory is
+    aligned (combine_kernel's ``shift``).
+    """
+    tile = LANES * 8 * steps
+    columns, programs = [], []
+    for d, s, stream, offset, row in zip(dst, src, streams, offsets, rows, strict=True):
+        if d.numel() == 0:
+            programs.append(0)
+            continue
+        address = _address(d, offset)
+        chunk = 16 // d.element_size()
+        ahead = -(-address % 16 // d.element_size()) % chunk  # -shift
+        begin, end = offset + ahead, offset + d.numel() + ahead
+        first = sum(programs)
+        columns.append(
+            (first, address, _address(s, offset), offset, offset + d.numel(), stream, row)
+        )
+        programs.append(-(-end // tile) - begin // tile)
+    return torch.tensor(columns, dtype=torch.int64).t().contiguous(), programs
+
+
+def device_table(
+    dst: Sequence[Tensor],
+    src: Sequence[Tensor],
+    streams: Sequence[int],
+    offsets: Sequence[int],
+    rows: Sequence[int],
+    device: torch.device,
+) -> tuple[Tensor, list[int]]:
+    """``tile_table`` on the device; made once for the same memory, streams and offsets.
+
+    Raises:
+        RuntimeError: while a CUDA graph is captured, if the table is not there yet.
+    """
+    key = (
+        device,
+        tuple((d.data_ptr(), d.numel(), d.dtype) for d in dst),
+        tuple((s.data_ptr(), s.dtype) for s in src),
+        tuple(streams),
+        tuple(offsets),
+        tuple(rows),
+    )
+    found = _tables.get(key)
+    if found is not None:
+        _tables.move_to_end(key)
+        return found
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "combine_: expected the same call once before the capture of a CUDA graph, got a list "
+            "of tensors whose table is not on the device yet"
+        )
+    table, programs = tile_table(dst, src, streams, offsets, rows)
+    _tables[key] = table.to(device), programs
+    if len(_tables) > _KEPT:
+        _tables.popitem(last=False)
+    return _tables[key]
+
+
+def device_arguments(
+    scales: Sequence[Sequence[float]], directions: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """scales as float32 (tensors, K) and directions as int64 (K,) on the device, in one copy."""
+    rows = torch.tensor(scales, dtype=torch.float32)
+    words = torch.tensor(directions, dtype=torch.int64)
+    both = torch.cat([words.view(torch.uint8), rows.flatten().view(torch.uint8)])
+    both = both.to(device, non_blocking=True)
+    bytes_of_words = words.numel() * 8
+    return both[bytes_of_words:].view(torch.float32), both[:bytes_of_words].view(torch.int64)
+
+
+def sum_changes(
+    partials: Tensor, programs: Sequence[int], rows: Sequence[int], changes: Tensor
+) -> None:
+    """Add the kernel's partial sums (3, programs, LANES) to the tensors' rows of ``changes``."""
+    sums = partials.double().sum(-1).t()
+    owners = [row for row, count in zip(rows, programs, strict=True) for _ in range(count)]
+    changes.index_add_(0, torch.tensor(owners, device=changes.device), sums)
+
+
+_SIGNATURE = {
+    "table": "*i64",
+    "scales": "*fp32",
+    "directions": "*i64",
+    "partials": "*fp32",
+    "tensors": "i32",
+    "directions_count": "i32",
+    "seed_lo": "i32",
+    "seed_hi": "i32",
+    "src_scale": "fp32",
+}
+_SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def constants(
+    src_dtype: torch.dtype,
+    dst_dtype: torch.dtype,
+    *,
+    stochastic: bool = False,
+    rademacher: bool = False,
+    single: bool = True,
+    scale_src: bool = False,
+    changes: bool = False,
+) -> dict[str, object]:
+    """The ``tl.constexpr`` arguments of combine_kernel."""
+    return {
+        "SRC_DTYPE": TRITON_DTYPES[src_dtype],
+        "DST_DTYPE": TRITON_DTYPES[dst_dtype],
+        "SRC_ITEMSIZE": src_dtype.itemsize,
+        "DST_ITEMSIZE": dst_dtype.itemsize,
+        "RADEMACHER": rademacher,
+        "STOCHASTIC": stochastic and dst_dtype != torch.float32,
+        "SCALE_SRC": scale_src,
+        "SINGLE": single,
+        "CHANGES": changes,
+        "LANES": LANES,
+        "STEPS": STEPS,
+    }
+
+
+def variant(
+    src_dtype: torch.dtype, dst_dtype: torch.dtype | None = None, **options: bool
+) -> Variant:
+    """One specialisation of combine_kernel; options as for ``constants``."""
+    dst_dtype = src_dtype if dst_dtype is None else dst_dtype
+    dtypes = list(dict.fromkeys((_SHORT_NAMES[src_dtype], _SHORT_NAMES[dst_dtype])))
+    words = [name for name, on in options.items() if on and name != "single"]
+    words += ["directions"] if options.get("single") is False else []
+    return Variant(
+        name=" ".join(["combine", "-".join(dtypes), *words]),
+        kernel=combine_kernel,
+        signature=_SIGNATURE,
+        constants=constants(src_dtype, dst_dtype, **options),
+        aligned=("table", "scales", "directions", "partials"),
+        lanes=LANES,
+        bytes_per_element=float(src_dtype.itemsize + dst_dtype.itemsize),
+        dst_itemsize=dst_dtype.itemsize,
+    )
+
+
+def variants() -> list[Variant]:
+    """What the modes of ZOSGD launch."""
+    fp32, bf16, fp16 = TRITON_DTYPES
+    in_place = [
+        variant(dtype, stochastic=stochastic, rademacher=rademacher, single=single)
+        for dtype, rademacher, single, stochastic in product(
+            (bf16, fp16, fp32), (False, True), (True, False), (False, True)
+        )
+        if not (stochastic and dtype == fp32)
+    ]
+    others = [
+        variant(fp32, bf16),
+        variant(bf16, fp32),
+        variant(bf16, stochastic=True, changes=True),
+        variant(bf16, stochastic=True, scale_src=True),
+    ]
+    return in_place + others
