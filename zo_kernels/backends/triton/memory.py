@@ -43,26 +43,54 @@ def _pointer(address, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
 
 
 @triton.jit
+def _low(pair):
+    """The bfloat16 in the low half of a 32-bit word as float32."""
+    return (pair << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _high(pair):
+    return (pair & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def load_wide(
-    address, DTYPE: tl.constexpr, ITEMSIZE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr
-):
-    """VEC contiguous elements per lane as float32 (LANES, VEC), in accesses of up to 16 bytes."""
-    lane = tl.arange(0, LANES)[:, None] * VEC
-    if VEC * ITEMSIZE <= 16:
-        p = _pointer(address, DTYPE, VEC * ITEMSIZE) + (lane + tl.arange(0, VEC)[None, :])
-        return tl.load(p).to(tl.float32)
+    address, ahead, DTYPE: tl.constexpr, ITEMSIZE: tl.constexpr, VEC: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """VEC contiguous elements per lane as float32 (LANES, VEC), in accesses of up to 16 bytes.
+
+    They begin `ahead` elements after the address, ahead and the address aligned to the access.
+    """
+    lane = tl.arange(0, LANES)[:, None]
+    if DTYPE == tl.bfloat16:
+        # As pairs in 32-bit words: one shift or one mask makes a bfloat16 a float32.
+        p = _pointer(address, tl.uint32, VEC * ITEMSIZE) + ahead // 2
+        words = tl.load(p + (lane * (VEC // 2) + tl.arange(0, VEC // 2)[None, :]))
+        if VEC == 8:
+            w0, w1, w2, w3 = split4(words, LANES)
+            return join8(
+                _low(w0), _high(w0), _low(w1), _high(w1), _low(w2), _high(w2), _low(w3), _high(w3),
+                LANES,
+            )  # fmt: skip
+        else:
+            w0, w1 = tl.split(words)
+            return join4(_low(w0), _high(w0), _low(w1), _high(w1), LANES)
+    elif VEC * ITEMSIZE <= 16:
+        p = _pointer(address, DTYPE, VEC * ITEMSIZE) + ahead
+        return tl.load(p + (lane * VEC + tl.arange(0, VEC)[None, :])).to(tl.float32)
     else:
-        p = _pointer(address, DTYPE, 16) + (lane + tl.arange(0, 4)[None, :])
+        p = _pointer(address, DTYPE, 16) + ahead + (lane * VEC + tl.arange(0, 4)[None, :])
         x0, x1, x2, x3 = split4(tl.load(p), LANES)
         x4, x5, x6, x7 = split4(tl.load(p + 4), LANES)
         return join8(x0, x1, x2, x3, x4, x5, x6, x7, LANES)
 
 
 @triton.jit
-def store_wide(address, x, DTYPE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr):
-    """16 bytes per lane."""
+def store_wide(address, ahead, x, DTYPE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr):
+    """16 bytes per lane; counterpart of load_wide."""
     lane = tl.arange(0, LANES)[:, None] * VEC
-    tl.store(_pointer(address, DTYPE, 16) + (lane + tl.arange(0, VEC)[None, :]), x)
+    tl.store(_pointer(address, DTYPE, 16) + ahead + (lane + tl.arange(0, VEC)[None, :]), x)
 
 
 @triton.jit

@@ -250,26 +250,30 @@ def combine_kernel(
     wanted = tl.zeros([LANES], tl.float32)
     lost = tl.zeros([LANES], tl.float32)
 
+    # Within a tile offsets fit in 32 bits, and the high counter words are the same.
+    tile_src = src + (start + shift) * SRC_ITEMSIZE
+    tile_dst = dst + (start + shift) * DST_ITEMSIZE
+    tile_lo = ((start + shift) >> 2).to(tl.uint32) + lane.to(tl.uint32) * (VEC // 4)
+    hi = (start >> 34).to(tl.uint32)
+    # A unit of signs is the span of 32 calls; a lane needs one of them, a word of it per step.
+    tile_call = (start >> 7).to(tl.uint32) + (lane.to(tl.uint32) * VEC // 8) % 32
+    call_hi = (start >> 39).to(tl.uint32) | _RADEMACHER_DOMAIN
     for unit in range(hot_first, hot_last):
-        origin = start + unit * (STEP * UNIT)
         if RADEMACHER:
-            # A unit is the span of 32 calls; a lane needs one of them, a word of it per step.
-            call_lo = (origin >> 7).to(tl.uint32) + (lane.to(tl.uint32) * VEC // 8) % 32
-            call_hi = (origin >> 39).to(tl.uint32) | _RADEMACHER_DOMAIN
-            wa, wb, wc, wd = philox(call_lo, call_hi, k0, k1, stream, last_direction)
+            call = tile_call + unit.to(tl.uint32) * 32
+            wa, wb, wc, wd = philox(call, call_hi, k0, k1, stream, last_direction)
         for part in tl.static_range(UNIT * ROWS_PER_STEP):
-            at = origin + part * WIDTH + shift
-            old = load_wide(src + at * SRC_ITEMSIZE, SRC_DTYPE, SRC_ITEMSIZE, VEC, LANES)
+            ahead = unit * (STEP * UNIT) + part * WIDTH
+            old = load_wide(tile_src, ahead, SRC_DTYPE, SRC_ITEMSIZE, VEC, LANES)
             acc = old * src_scale if SCALE_SRC else old
-            lo = (at >> 2).to(tl.uint32) + lane.to(tl.uint32) * (VEC // 4)
-            hi = (at >> 34).to(tl.uint32)
+            lo = tile_lo + (ahead // 4).to(tl.uint32)
             if not SINGLE:
                 for k in range(directions_count - 1):
                     c = tl.load(row + k)
                     direction = _direction(directions, k)
                     if RADEMACHER:
                         acc = _add_anywhere(
-                            acc, c, at + lane * VEC, 0, k0, k1, stream, direction,
+                            acc, c, start + ahead + lane * VEC, 0, k0, k1, stream, direction,
                             RADEMACHER, VEC, LANES,
                         )  # fmt: skip
                     else:
@@ -295,10 +299,10 @@ def combine_kernel(
             else:
                 bits = 0
             new = _round(acc, bits, DST_DTYPE, STOCHASTIC)
-            store_wide(dst + at * DST_ITEMSIZE, new, DST_DTYPE, VEC, LANES)
+            store_wide(tile_dst, ahead, new, DST_DTYPE, VEC, LANES)
             if CHANGES:
                 moved, wanted, lost = _add_changes(
-                    moved, wanted, lost, old, acc, new, at, begin, end
+                    moved, wanted, lost, old, acc, new, start + shift + ahead, begin, end
                 )
 
     taken = (hot_last - hot_first) * UNIT
@@ -309,7 +313,7 @@ def combine_kernel(
         i = at + lane * VEC
         inside = (at >= begin) & (at + WIDTH <= end)
         if inside & src_aligned:
-            old = load_wide(src + at * SRC_ITEMSIZE, SRC_DTYPE, SRC_ITEMSIZE, VEC, LANES)
+            old = load_wide(tile_src, part * WIDTH, SRC_DTYPE, SRC_ITEMSIZE, VEC, LANES)
         else:
             old = load_masked(src, i, begin, end, SRC_DTYPE, VEC, LANES)
         acc = old * src_scale if SCALE_SRC else old
@@ -328,7 +332,7 @@ def combine_kernel(
             bits = 0
         new = _round(acc, bits, DST_DTYPE, STOCHASTIC)
         if inside:
-            store_wide(dst + at * DST_ITEMSIZE, new, DST_DTYPE, VEC, LANES)
+            store_wide(tile_dst, part * WIDTH, new, DST_DTYPE, VEC, LANES)
         else:
             store_masked(dst, i, begin, end, new, DST_DTYPE, VEC, LANES)
         if CHANGES:
