@@ -19,8 +19,7 @@ import triton.language as tl
 
 from zo_kernels import noise
 from zo_kernels.backends.triton.memory import (
-    join4,
-    join8,
+    join,
     load_masked,
     load_wide,
     store_masked,
@@ -56,41 +55,24 @@ def _find(table, tensors, program):
 
 
 @triton.jit
+def _draw_block(lo, hi, k0, k1, stream, direction, BITS: tl.constexpr):
+    """Four columns of normals, or of rounding bits."""
+    a, b, c, d = philox(lo, hi, k0, k1, stream, direction)
+    if BITS:
+        return rounding_bits(a, b, c, d)
+    else:
+        return normals(a, b, c, d)
+
+
+@triton.jit
 def _draw(
     lo, hi, k0, k1, stream, direction, BITS: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr
 ):
-    """Normals (or rounding bits) of chunks that begin at block (hi, lo): (LANES, VEC)."""
-    a, b, c, d = philox(lo, hi, k0, k1, stream, direction)
-    if BITS:
-        x0, x1, x2, x3 = rounding_bits(a, b, c, d)
-    else:
-        x0, x1, x2, x3 = normals(a, b, c, d)
-    if VEC == 4:
-        return join4(x0, x1, x2, x3, LANES)
-    else:
-        a, b, c, d = philox(lo + 1, hi, k0, k1, stream, direction)
-        if BITS:
-            x4, x5, x6, x7 = rounding_bits(a, b, c, d)
-        else:
-            x4, x5, x6, x7 = normals(a, b, c, d)
-        return join8(x0, x1, x2, x3, x4, x5, x6, x7, LANES)
-
-
-@triton.jit
-def _pick(x0, x1, x2, x3, r):
-    """The r-th of four, r in 0..3 the same in all lanes."""
-    return tl.where((r & 2) != 0, tl.where((r & 1) != 0, x3, x2), tl.where((r & 1) != 0, x1, x0))
-
-
-@triton.jit
-def _draw_block(block, k0, k1, stream, direction, BITS: tl.constexpr):
-    hi = (block >> 32).to(tl.uint32)
-    a, b, c, d = philox(block.to(tl.uint32), hi, k0, k1, stream, direction)
-    if BITS:
-        x0, x1, x2, x3 = rounding_bits(a, b, c, d)
-    else:
-        x0, x1, x2, x3 = normals(a, b, c, d)
-    return x0, x1, x2, x3
+    """Normals, or rounding bits, of chunks that begin at block (hi, lo)."""
+    columns = _draw_block(lo, hi, k0, k1, stream, direction, BITS)
+    if VEC == 8:
+        columns = columns + _draw_block(lo + 1, hi, k0, k1, stream, direction, BITS)
+    return join(columns, LANES)
 
 
 @triton.jit
@@ -98,36 +80,53 @@ def _draw_anywhere(
     i, r, k0, k1, stream, direction, BITS: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr
 ):
     """As _draw, for chunks that begin at element i (LANES, int64), i % 4 = r in all lanes."""
-    block = i >> 2
-    x0, x1, x2, x3 = _draw_block(block, k0, k1, stream, direction, BITS)
-    x4, x5, x6, x7 = _draw_block(block + 1, k0, k1, stream, direction, BITS)
-    y0, y1 = _pick(x0, x1, x2, x3, r), _pick(x1, x2, x3, x4, r)
-    y2, y3 = _pick(x2, x3, x4, x5, r), _pick(x3, x4, x5, x6, r)
-    if VEC == 4:
-        return join4(y0, y1, y2, y3, LANES)
-    else:
-        x8, x9, x10, _ = _draw_block(block + 2, k0, k1, stream, direction, BITS)
-        y4, y5 = _pick(x4, x5, x6, x7, r), _pick(x5, x6, x7, x8, r)
-        y6, y7 = _pick(x6, x7, x8, x9, r), _pick(x7, x8, x9, x10, r)
-        return join8(y0, y1, y2, y3, y4, y5, y6, y7, LANES)
+    columns = ()
+    for j in tl.static_range(VEC // 4 + 1):
+        block = (i >> 2) + j
+        hi = (block >> 32).to(tl.uint32)
+        columns = columns + _draw_block(block.to(tl.uint32), hi, k0, k1, stream, direction, BITS)
+    odd, two = (r & 1) != 0, (r & 2) != 0
+    picked = ()
+    for e in tl.static_range(VEC):
+        near = tl.where(odd, columns[e + 1], columns[e])
+        far = tl.where(odd, columns[e + 3], columns[e + 2])
+        picked = picked + (tl.where(two, far, near),)
+    return join(picked, LANES)
 
 
 @triton.jit
 def _signed(c, byte, VEC: tl.constexpr, LANES: tl.constexpr):
-    """c times the Rademacher signs in bits 0 .. VEC - 1 of each lane's byte: (LANES, VEC)."""
-    bits = c.to(tl.uint32, bitcast=True)
-    x0 = (((byte << 31) & 0x80000000) ^ bits).to(tl.float32, bitcast=True)
-    x1 = (((byte << 30) & 0x80000000) ^ bits).to(tl.float32, bitcast=True)
-    x2 = (((byte << 29) & 0x80000000) ^ bits).to(tl.float32, bitcast=True)
-    x3 = (((byte << 28) & 0x80000000) ^ bits).to(tl.float32, bitcast=True)
-    if VEC == 4:
-        return join4(x0, x1, x2, x3, LANES)
-    else:
-        x4 = (((byte << 27) & 0x80000000) ^ bits).to(tl.float32, bitcast=True)
-        x5 = (((byte << 26) & 0x80000000) ^ bits).to(tl.float32, bitcast=True)
-        x6 = (((byte << 25) & 0x80000000) ^ bits).to(tl.float32, bitcast=True)
-        x7 = (((byte << 24) & 0x80000000) ^ bits).to(tl.float32, bitcast=True)
-        return join8(x0, x1, x2, x3, x4, x5, x6, x7, LANES)
+    """c times the Rademacher signs in bits 0 .. VEC - 1 of each lane's byte."""
+    pattern = c.to(tl.uint32, bitcast=True)
+    columns = ()
+    for e in tl.static_range(VEC):
+        sign = (byte << (31 - e)) & 0x80000000
+        columns = columns + ((sign ^ pattern).to(tl.float32, bitcast=True),)
+    return join(columns, LANES)
+
+
+@triton.jit
+def _add_unit(
+    accs, c, lo, call, hi, call_hi, k0, k1, stream, direction,
+    RADEMACHER: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """accs + c * z for the parts of a unit of the hot loop; a part is one block."""
+    PARTS_PER_STEP: tl.constexpr = 8 // VEC
+    sums = ()
+    if RADEMACHER:
+        words = philox(call, call_hi, k0, k1, stream, direction)
+        lane = tl.arange(0, LANES).to(tl.uint32)
+        bit = lane * VEC // 256 * 8 + lane * VEC % 8
+    for part in tl.static_range(len(accs)):
+        if RADEMACHER:
+            # A step takes a word; two parts of it that are half as wide take two bytes each.
+            byte = words[part // PARTS_PER_STEP] >> (bit + part % PARTS_PER_STEP * 16)
+            sums = sums + (accs[part] + _signed(c, byte, VEC, LANES),)
+        else:
+            block = lo + part * (LANES * VEC // 4)
+            z = _draw(block, hi, k0, k1, stream, direction, False, VEC, LANES)
+            sums = sums + (tl.fma(z, c, accs[part]),)
+    return sums
 
 
 @triton.jit
@@ -201,9 +200,9 @@ def combine_kernel(
     DST and SRC are the addresses that element 0 of the full parameter would have.
     """
     VEC: tl.constexpr = 16 // DST_ITEMSIZE  # elements of a chunk
-    WIDTH: tl.constexpr = LANES * VEC  # elements of a row of chunks
+    WIDTH: tl.constexpr = LANES * VEC  # elements of a part: one chunk per lane
     STEP: tl.constexpr = LANES * 8
-    ROWS_PER_STEP: tl.constexpr = 8 // VEC
+    PARTS_PER_STEP: tl.constexpr = 8 // VEC
     TILE: tl.constexpr = STEP * STEPS
     UNIT: tl.constexpr = 4 if RADEMACHER else 1  # steps that the hot loop takes together
     SRC_ALIGNMENT: tl.constexpr = 16 if VEC * SRC_ITEMSIZE > 16 else VEC * SRC_ITEMSIZE
@@ -255,60 +254,46 @@ def combine_kernel(
     tile_dst = dst + (start + shift) * DST_ITEMSIZE
     tile_lo = ((start + shift) >> 2).to(tl.uint32) + lane.to(tl.uint32) * (VEC // 4)
     hi = (start >> 34).to(tl.uint32)
-    # A unit of signs is the span of 32 calls; a lane needs one of them, a word of it per step.
+    # A unit of signs is the span of 32 Philox calls; a lane needs one of them.
     tile_call = (start >> 7).to(tl.uint32) + (lane.to(tl.uint32) * VEC // 8) % 32
     call_hi = (start >> 39).to(tl.uint32) | _RADEMACHER_DOMAIN
     for unit in range(hot_first, hot_last):
-        if RADEMACHER:
-            call = tile_call + unit.to(tl.uint32) * 32
-            wa, wb, wc, wd = philox(call, call_hi, k0, k1, stream, last_direction)
-        for part in tl.static_range(UNIT * ROWS_PER_STEP):
-            ahead = unit * (STEP * UNIT) + part * WIDTH
-            old = load_wide(tile_src, ahead, SRC_DTYPE, SRC_ITEMSIZE, VEC, LANES)
-            acc = old * src_scale if SCALE_SRC else old
-            lo = tile_lo + (ahead // 4).to(tl.uint32)
-            if not SINGLE:
-                for k in range(directions_count - 1):
-                    c = tl.load(row + k)
-                    direction = _direction(directions, k)
-                    if RADEMACHER:
-                        acc = _add_anywhere(
-                            acc, c, start + ahead + lane * VEC, 0, k0, k1, stream, direction,
-                            RADEMACHER, VEC, LANES,
-                        )  # fmt: skip
-                    else:
-                        z = _draw(lo, hi, k0, k1, stream, direction, False, VEC, LANES)
-                        acc = tl.fma(z, c, acc)
-            if RADEMACHER:
-                if part // ROWS_PER_STEP == 0:
-                    word = wa
-                elif part // ROWS_PER_STEP == 1:
-                    word = wb
-                elif part // ROWS_PER_STEP == 2:
-                    word = wc
-                else:
-                    word = wd
-                bit = (part % ROWS_PER_STEP) * 16 + lane.to(tl.uint32) * VEC // 256 * 8
-                bit += lane.to(tl.uint32) * VEC % 8
-                acc += _signed(last_scale, word >> bit, VEC, LANES)
-            else:
-                z = _draw(lo, hi, k0, k1, stream, last_direction, False, VEC, LANES)
-                acc = tl.fma(z, last_scale, acc)
+        ahead = unit * (STEP * UNIT)
+        lo = tile_lo + (ahead // 4).to(tl.uint32)
+        call = tile_call + (ahead // 128).to(tl.uint32)
+        olds, accs = (), ()
+        for part in tl.static_range(UNIT * PARTS_PER_STEP):
+            old = load_wide(tile_src, ahead + part * WIDTH, SRC_DTYPE, SRC_ITEMSIZE, VEC, LANES)
+            olds = olds + (old,)
+            accs = accs + ((old * src_scale if SCALE_SRC else old),)
+        if not SINGLE:
+            for k in range(directions_count - 1):
+                accs = _add_unit(
+                    accs, tl.load(row + k), lo, call, hi, call_hi, k0, k1, stream,
+                    _direction(directions, k), RADEMACHER, VEC, LANES,
+                )  # fmt: skip
+        accs = _add_unit(
+            accs, last_scale, lo, call, hi, call_hi, k0, k1, stream, last_direction,
+            RADEMACHER, VEC, LANES,
+        )  # fmt: skip
+        for part in tl.static_range(UNIT * PARTS_PER_STEP):
             if STOCHASTIC:
-                bits = _draw(lo, hi, k0, k1, stream, last_direction, True, VEC, LANES)
+                block = lo + part * (WIDTH // 4)
+                bits = _draw(block, hi, k0, k1, stream, last_direction, True, VEC, LANES)
             else:
                 bits = 0
-            new = _round(acc, bits, DST_DTYPE, STOCHASTIC)
-            store_wide(tile_dst, ahead, new, DST_DTYPE, VEC, LANES)
+            new = _round(accs[part], bits, DST_DTYPE, STOCHASTIC)
+            store_wide(tile_dst, ahead + part * WIDTH, new, DST_DTYPE, VEC, LANES)
             if CHANGES:
+                at = start + shift + ahead + part * WIDTH
                 moved, wanted, lost = _add_changes(
-                    moved, wanted, lost, old, acc, new, start + shift + ahead, begin, end
+                    moved, wanted, lost, olds[part], accs[part], new, at, begin, end
                 )
 
     taken = (hot_last - hot_first) * UNIT
-    before = (hot_first * UNIT - first) * ROWS_PER_STEP
-    for n in range((last - first - taken) * ROWS_PER_STEP):
-        part = n + tl.where(n < before, first, first + taken) * ROWS_PER_STEP
+    before = (hot_first * UNIT - first) * PARTS_PER_STEP
+    for n in range((last - first - taken) * PARTS_PER_STEP):
+        part = n + tl.where(n < before, first, first + taken) * PARTS_PER_STEP
         at = start + part * WIDTH + shift
         i = at + lane * VEC
         inside = (at >= begin) & (at + WIDTH <= end)
