@@ -65,7 +65,7 @@ def compile_variant(variant: Variant, target: GPUTarget) -> CompiledKernel:
         RuntimeError: if the interpreter has taken the kernels' place in this process.
     """
     kernel = variant.kernel
-    if not hasattr(kernel, "cache_key"):
+    if type(kernel).__name__ == "InterpretedFunction":
         raise RuntimeError(
             "compile_variant: expected kernels of Triton's compiler, got the interpreter's; "
             "unset TRITON_INTERPRET"

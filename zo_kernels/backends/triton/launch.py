@@ -175,7 +175,7 @@ def variant(
         kernel=combine_kernel,
         signature=_SIGNATURE,
         constants=constants(src_dtype, dst_dtype, **options),
-        aligned=("table", "scales", "directions", "partials"),
+        aligned=(),
         lanes=LANES,
         bytes_per_element=float(src_dtype.itemsize + dst_dtype.itemsize),
         dst_itemsize=dst_dtype.itemsize,

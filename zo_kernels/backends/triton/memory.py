@@ -9,31 +9,43 @@ import triton.language as tl
 
 
 @triton.jit
+def _split4(x, LANES: tl.constexpr):
+    even, odd = tl.split(tl.reshape(x, [LANES, 2, 2]))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _join4(x0, x1, x2, x3, LANES: tl.constexpr):
+    return tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [LANES, 4])
+
+
+@triton.jit
 def split(x, LANES: tl.constexpr):
     """The columns of a block."""
     if x.shape[1] == 2:
         return tl.split(x)
+    elif x.shape[1] == 4:
+        return _split4(x, LANES)
     else:
-        even, odd = tl.split(tl.reshape(x, [LANES, x.shape[1] // 2, 2]))
-        evens, odds = split(even, LANES), split(odd, LANES)
-        columns = ()
-        for i in tl.static_range(x.shape[1] // 2):
-            columns = columns + (evens[i], odds[i])
-        return columns
+        even, odd = tl.split(tl.reshape(x, [LANES, 4, 2]))
+        x0, x2, x4, x6 = _split4(even, LANES)
+        x1, x3, x5, x7 = _split4(odd, LANES)
+        return x0, x1, x2, x3, x4, x5, x6, x7
 
 
 @triton.jit
-def join(columns, LANES: tl.constexpr):
+def join(x, LANES: tl.constexpr):
     """The block of columns."""
-    if len(columns) == 2:
-        return tl.join(columns[0], columns[1])
+    if len(x) == 2:
+        return tl.join(x[0], x[1])
+    elif len(x) == 4:
+        return _join4(x[0], x[1], x[2], x[3], LANES)
     else:
-        evens, odds = (), ()
-        for i in tl.static_range(len(columns) // 2):
-            evens = evens + (columns[2 * i],)
-            odds = odds + (columns[2 * i + 1],)
-        block = tl.join(join(evens, LANES), join(odds, LANES))
-        return tl.reshape(block, [LANES, len(columns)])
+        even = _join4(x[0], x[2], x[4], x[6], LANES)
+        odd = _join4(x[1], x[3], x[5], x[7], LANES)
+        return tl.reshape(tl.join(even, odd), [LANES, 8])
 
 
 @triton.jit

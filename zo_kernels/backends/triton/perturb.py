@@ -172,7 +172,10 @@ def _add_changes(moved, wanted, lost, old, acc, new, at, begin, end):
     return moved, wanted, lost
 
 
-@triton.jit(do_not_specialize=["tensors", "directions_count", "seed_lo", "seed_hi", "src_scale"])
+@triton.jit(
+    do_not_specialize=["tensors", "directions_count", "seed_lo", "seed_hi", "src_scale"],
+    do_not_specialize_on_alignment=["table", "scales", "directions", "partials"],
+)
 def combine_kernel(
     table,  # (ROWS, tensors) int64
     scales,  # (rows, directions_count) float32
