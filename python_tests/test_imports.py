@@ -12,8 +12,10 @@ PACKAGE = Path(__file__).parents[1] / "zo_kernels"
 # Each module or package imports only from rooms with a lower number, and from itself.
 FLOORS = {
     "noise": 0,
+    "formats": 0,
     "backends": 1,
     "ops": 2,
+    "quantize": 3,
     "modes": 3,
     "replay": 3,
     "optim": 4,

@@ -9,6 +9,7 @@ loss = optimizer.step(lambda: model(**batch).loss)
 from zo_kernels.noise import NOISE_SPEC, stream_id
 from zo_kernels.ops import combine_, normal, perturb_, rademacher, random_words
 from zo_kernels.optim import ZOSGD, StepRecord
+from zo_kernels.quantize import fake_quant
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ __all__ = [
     "ZOSGD",
     "StepRecord",
     "combine_",
+    "fake_quant",
     "normal",
     "perturb_",
     "rademacher",

@@ -9,5 +9,9 @@ Triton's interpreter) each offer, with one signature and the same bits:
     rademacher(count, *, seed, direction, stream, offset, device)
     random_words(count, *, seed, direction, stream, offset, device)
 
-Arguments are checked in zo_kernels/ops.py, not here.
+and all but ``native``, which has no kernel for it yet:
+
+    fake_quant(out, tensor, scheme, *, group, symmetric)
+
+Arguments are checked in zo_kernels/ops.py and zo_kernels/quantize.py, not here.
 """

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels import noise
+from zo_kernels.backends.reference_quantize import fake_quant as fake_quant
 
 _MASK = 0xFFFFFFFF
 _CHUNK = 1 << 20  # elements at a time, to bound the temporaries

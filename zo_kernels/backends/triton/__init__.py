@@ -12,6 +12,7 @@ from triton import knobs
 from zo_kernels.backends.triton import compile as _compile
 from zo_kernels.backends.triton import launch as _launch
 from zo_kernels.backends.triton import perturb as _perturb
+from zo_kernels.backends.triton import quantize as _quantize
 from zo_kernels.backends.triton.interpreter import mend
 
 if knobs.runtime.interpret:
@@ -43,13 +44,13 @@ def _on(device: torch.device) -> AbstractContextManager:
     return torch.get_device_module(device).device(device)
 
 
-def _options(device: torch.device) -> dict:
+def _options(device: torch.device, lanes: int = _perturb.LANES) -> dict:
     if interpreting():
         return {}
     # AMD's data centre GPUs have warps of 64; torch.xpu's Triton takes its own from 32.
     wide = device.type == "cuda" and torch.version.hip is not None
     warp_size = torch.cuda.get_device_properties(device).warp_size if wide else 32
-    return _compile.options(_perturb.LANES, warp_size)
+    return _compile.options(lanes, warp_size)
 
 
 def combine_(
@@ -168,3 +169,10 @@ def random_words(
     """Words of elements [offset, offset + count): (count,) int64 with values below 2^32."""
     address = {"seed": seed, "direction": direction, "stream": stream, "offset": offset}
     return _emit("random_words", count, torch.int32, address, device).long() & 0xFFFFFFFF
+
+
+def fake_quant(out: Tensor, tensor: Tensor, scheme: str, *, group: int, symmetric: bool) -> None:
+    """out = tensor on the scheme's grid, a scale per group; see zo_kernels.quantize.fake_quant."""
+    options = _options(tensor.device, _quantize.LANES)
+    with _on(tensor.device):
+        _quantize.launch(out, tensor, scheme, group, symmetric, options)

@@ -1,0 +1,192 @@
+"""Fake quantisation as a public operation: validate, dispatch by device, register with torch.
+
+The formats and the arithmetic are stated in zo_kernels/formats.py.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from zo_kernels.checks import check_tensor, expect_int
+from zo_kernels.formats import FORMATS
+from zo_kernels.ops import backend_for
+
+
+def fake_quant(
+    tensor: Tensor,
+    scheme: str,
+    *,
+    group_size: int | str | None = None,
+    symmetric: bool = True,
+    out: Tensor | None = None,
+    check_finite: bool = True,
+    name: str = "tensor",
+    backend: str | None = None,
+) -> Tensor:
+    """Quantise a weight to a format and back: the values that a quantised model would use.
+
+    Round to nearest, scales from the weight itself (absmax, or min and max), nothing calibrated.
+    zo_kernels/formats.py has the formulas. All backends give the same bits.
+
+    Args:
+        tensor: (out, in), contiguous, float32, bfloat16 or float16. Not written, unless it is
+            also ``out``. No gradient flows.
+        scheme: "int2" to "int8", "nf4", "fp8_e4m3" or "fp8_e5m2".
+        group_size: elements that share a scale: that many consecutive ones of a row, a divisor of
+            the in dimension; "row" (one scale per output channel); "tensor" (one scale).
+            None: 64 for nf4, "row" for the others.
+        symmetric: of the integer schemes: False for a zero point and a range from min to max.
+        out: where the result goes: as tensor in shape, dtype and device, contiguous; the same
+            tensor (in place) or memory apart from it. None: a new tensor.
+        check_finite: False leaves out the pass over the tensor that looks for NaN, infinity and a
+            range too large; where there are any, the values of their groups are then undefined.
+        name: what errors call the tensor.
+        backend: None (by device: "triton" on a GPU; on the CPU "reference", until there is a C++
+            kernel), "reference" or "triton"; a named one never falls back.
+
+    Returns:
+        ``out``, or a new tensor of the shape and dtype of ``tensor``.
+
+    Raises:
+        TypeError, ValueError: naming the tensor or option, what was expected and what came;
+            nothing has been written then. Non-finite values are a ValueError, and so is a range so
+            large that a value of the grid might overflow (asymmetric: max - min beyond the dtype).
+        RuntimeError: if the named backend is not available, with the reason.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    check_tensor(name, tensor)
+    if tensor.dim() != 2:
+        raise ValueError(f"{name}: expected shape (out, in), got {tuple(tensor.shape)}")
+    for option, value in (("symmetric", symmetric), ("check_finite", check_finite)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{option}: expected a bool, got {type(value).__name__} ({value!r})")
+    if scheme not in FORMATS:
+        raise ValueError(f"scheme: expected one of {tuple(FORMATS)}, got {scheme!r}")
+    if not symmetric and FORMATS[scheme].kind != "int":
+        raise ValueError(f"symmetric: expected True for scheme {scheme!r}, got False")
+    group = _group(tensor, scheme, group_size, name)
+    if out is not None and out is not tensor:
+        _check_out(out, tensor, name)
+    _room(tensor.device, backend)  # refuse before anything is allocated
+    options = (scheme, group, symmetric, check_finite, name, backend or "")
+    with torch.no_grad():
+        if out is tensor:
+            # An op of its own: a mutated argument must not alias another one.
+            _in_place_op(tensor, *options)
+            return tensor
+        if out is None:
+            out = torch.empty_like(tensor, requires_grad=False)
+        _fake_quant_op(out, tensor, *options)
+    return out
+
+
+def _group(tensor: Tensor, scheme: str, group_size: int | str | None, name: str) -> int:
+    """Elements per group, at least 1; ValueError or TypeError if group_size makes no sense."""
+    columns = tensor.shape[1]
+    if group_size is None:
+        group_size = FORMATS[scheme].default_group or "row"
+    if group_size == "row":
+        return max(columns, 1)
+    if group_size == "tensor":
+        return max(tensor.numel(), 1)
+    if isinstance(group_size, str):
+        raise ValueError(f"group_size: expected an int, 'row' or 'tensor', got {group_size!r}")
+    size = expect_int("group_size", group_size)
+    if size < 1 or columns % size:
+        raise ValueError(
+            f"group_size: expected a divisor of {columns}, the in dimension of {name}, got {size}"
+        )
+    return size
+
+
+def _check_out(out: Tensor, tensor: Tensor, name: str) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out: expected a tensor or None, got {type(out).__name__}")
+    check_tensor("out", out)
+    for what in ("shape", "dtype", "device"):
+        wanted, got = getattr(tensor, what), getattr(out, what)
+        if wanted != got:
+            raise ValueError(f"out: expected {what} {wanted} as {name}, got {got}")
+
+
+def _room(device: torch.device, backend: str | None) -> ModuleType:
+    """The backend that works on a device."""
+    if backend == "native":
+        raise RuntimeError(
+            "backend 'native': fake_quant has no C++ kernel yet; use 'reference' or 'triton'"
+        )
+    if backend is None and device.type == "cpu":
+        backend = "reference"
+    return backend_for(device, backend)
+
+
+@torch.library.custom_op("zo_kernels::fake_quant", mutates_args={"out"})
+def _fake_quant_op(
+    out: Tensor,
+    tensor: Tensor,
+    scheme: str,
+    group: int,
+    symmetric: bool,
+    check_finite: bool,
+    name: str,
+    backend: str,
+) -> None:
+    distance = abs(out.data_ptr() - tensor.data_ptr())
+    if 0 < distance < tensor.numel() * tensor.element_size():
+        raise ValueError(f"out: expected {name} itself or memory apart from it, got an overlap")
+    _run(out, tensor, scheme, group, symmetric, check_finite, name, backend)
+
+
+@torch.library.custom_op("zo_kernels::fake_quant_", mutates_args={"tensor"})
+def _in_place_op(
+    tensor: Tensor,
+    scheme: str,
+    group: int,
+    symmetric: bool,
+    check_finite: bool,
+    name: str,
+    backend: str,
+) -> None:
+    _run(tensor, tensor, scheme, group, symmetric, check_finite, name, backend)
+
+
+def _run(
+    out: Tensor,
+    tensor: Tensor,
+    scheme: str,
+    group: int,
+    symmetric: bool,
+    check_finite: bool,
+    name: str,
+    backend: str,
+) -> None:
+    if tensor.numel() == 0:
+        return
+    if check_finite:
+        _check_values(name, tensor, scheme, symmetric)
+    room = _room(tensor.device, backend or None)
+    room.fake_quant(out, tensor, scheme, group=group, symmetric=symmetric)
+
+
+def _check_values(name: str, tensor: Tensor, scheme: str, symmetric: bool) -> None:
+    """ValueError unless all values are finite and so is every value their grids can have."""
+    low, high = torch.stack(torch.aminmax(tensor)).tolist()  # NaN wins
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+    extent = max(-low, high) if symmetric else max(high, 0.0) - min(low, 0.0)
+    top = torch.tensor(FORMATS[scheme].top(symmetric))
+    # The grid is as wide as the extent but for roundings: that of the scale and the dtype's.
+    width = (torch.tensor(extent, dtype=torch.float32) / top * top).to(tensor.dtype)
+    if not math.isfinite(width):
+        what = "magnitudes" if symmetric else "max - min"
+        raise ValueError(
+            f"{name}: expected {what} that {scheme} can scale within {tensor.dtype}, got {extent}"
+        )
+
+
+__all__ = ["fake_quant"]
