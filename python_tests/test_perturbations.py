@@ -1,4 +1,4 @@
-"""Weight noise and fake quantisation: exact restore, the right noise, the right grid."""
+"""Weight noise and fake quantisation of models: exact restore, the right noise and weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+import zo_kernels as zk
 from zo_kernels.robustness.perturbations import (
-    fake_quant_rtn,
     linear_weights,
     noise_std,
     round_to_nearest,
@@ -225,112 +225,23 @@ def test_noise_errors() -> None:
         pass
 
 
-def quantised_by_numpy(weight: torch.Tensor, width: int, size: int, symmetric: bool) -> np.ndarray:
-    """Independent float64 quantiser, group by group."""
-    source = weight.double().numpy()
-    values = np.zeros_like(source)
-    for row in range(source.shape[0]):
-        for start in range(0, source.shape[1], size):
-            group = source[row, start : start + size]
-            if symmetric:
-                top = 2 ** (width - 1) - 1
-                scale, zero, low = np.abs(group).max() / top, 0, -top
-            else:
-                top, low = 2**width - 1, 0
-                floor, ceiling = min(group.min(), 0.0), max(group.max(), 0.0)
-                scale = (ceiling - floor) / top
-                zero = np.rint(-floor / scale) if scale else 0
-            if scale == 0:
-                continue
-            level = np.clip(np.rint(group / scale) + zero, low, top)
-            values[row, start : start + size] = (level - zero) * scale
-    return values
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("width", [2, 3, 4, 8])
-@pytest.mark.parametrize("group", [None, 16])
-def test_quantiser_against_numpy(symmetric: bool, width: int, group: int | None) -> None:
-    generator = torch.Generator().manual_seed(11)
-    weight = torch.randn(9, 64, generator=generator)
-    weight[0] = 0.0
-    weight[1, :16] = 0.0
-    weight[2] = weight[2].abs() + 1.0  # one sign only
-    weight[3] = 0.7  # constant
-    weight[4, 3] = 40.0  # an outlier
-    got = fake_quant_rtn(weight, bits=width, group_size=group, symmetric=symmetric)
-    values = quantised_by_numpy(weight, width, group or 64, symmetric)
-    assert got.dtype == weight.dtype and got.shape == weight.shape
-    # float32 and float64 could disagree on a level only at an exact tie, which random data lack.
-    np.testing.assert_allclose(got.double().numpy(), values, rtol=3e-7, atol=0)
-    assert torch.count_nonzero(got[0]) == 0
-    assert len(torch.unique(got[5, :16])) <= 2**width
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_quantiser_rounds_once(dtype: torch.dtype) -> None:
-    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
-    got = fake_quant_rtn(weight, bits=4)
-    assert got.dtype == dtype
-    assert torch.equal(got, fake_quant_rtn(weight.float(), bits=4).to(dtype))
-
-
-def test_quantiser_by_hand() -> None:
-    # max 7 at 4 bits: scale 1, ties to even, -Q is the lowest level.
-    weight = torch.tensor([[7.0, 0.5, 1.5, 2.5, -0.5, -1.5, -7.0, 3.4]])
-    want = torch.tensor([[7.0, 0.0, 2.0, 2.0, 0.0, -2.0, -7.0, 3.0]])
-    assert torch.equal(fake_quant_rtn(weight, bits=4), want)
-    # 0..15 at 4 bits, asymmetric: scale 1, zero point 0; then -5..10: zero point 5.
-    assert torch.equal(
-        fake_quant_rtn(torch.tensor([[15.0, 0.5, 1.5, 0.0]]), bits=4, symmetric=False),
-        torch.tensor([[15.0, 0.0, 2.0, 0.0]]),
-    )
-    assert torch.equal(
-        fake_quant_rtn(torch.tensor([[-5.0, 10.0, 0.4, -0.6]]), bits=4, symmetric=False),
-        torch.tensor([[-5.0, 10.0, 0.0, -1.0]]),
-    )
-    tiny = torch.full((1, 4), 1e-45)  # the scale underflows
-    assert torch.count_nonzero(fake_quant_rtn(tiny, bits=4)) == 0
-
-
-def test_quantiser_divides() -> None:
-    """Near ties a product with the reciprocal gives other levels than the division specified."""
-    generator = torch.Generator().manual_seed(4)
-    top = torch.rand(512, 1, generator=generator) + 0.5
-    halves = torch.arange(-7, 7).float() + 0.5
-    weight = torch.cat([top, halves * (top / torch.full_like(top, 7.0))], dim=1)
-    w = weight.numpy()
-    scale = np.abs(w).max(axis=1, keepdims=True) / np.float32(7)
-    want = np.clip(np.rint(w / scale), -7, 7) * scale
-    other = np.clip(np.rint(w * (np.float32(1) / scale)), -7, 7) * scale
-    assert want.dtype == np.float32 and (want != other).any()
-    assert np.array_equal(fake_quant_rtn(weight, bits=4).numpy(), want)
-
-
-def test_quantiser_errors() -> None:
-    weight = torch.ones(4, 10)
-    for bad, message in (
-        ({"bits": 1}, "bits"),
-        ({"bits": 9}, "bits"),
-        ({"bits": 4, "group_size": 4}, "divides the in dimension 10"),
-        ({"bits": 4, "group_size": 0}, "group size"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            fake_quant_rtn(weight, **bad)
-    with pytest.raises(ValueError, match=r"\(out, in\)"):
-        fake_quant_rtn(torch.ones(4), bits=4)
-    with pytest.raises(TypeError, match="float64"):
-        fake_quant_rtn(weight.double(), bits=4)
-    weight[1, 1] = math.inf
-    with pytest.raises(ValueError, match=r"'some\.weight'"):
-        fake_quant_rtn(weight, bits=4, name="some.weight")
+def test_round_to_nearest_errors() -> None:
+    """The errors of zk.fake_quant, naming the parameter; the weights are as they were."""
     model = tiny_llama()
+    before = bits(model)
+    for bad, message in (
+        ({"bits": 1}, "scheme: expected one of .*, got 'int1'"),
+        ({"bits": 4, "group_size": 5}, r"a divisor of 32, the in dimension of model\.layers\.0\."),
+    ):
+        with pytest.raises(ValueError, match=message), round_to_nearest(model, **bad):
+            pass
+        assert same_bits(before, bits(model))
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[2, 2] = math.nan
     before = bits(model)
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj"):
-        with round_to_nearest(model, bits=4):
-            pass
+    message = r"model\.layers\.1\.mlp\.down_proj\.weight: expected finite values"
+    with pytest.raises(ValueError, match=message), round_to_nearest(model, bits=4):
+        pass
     assert same_bits(before, bits(model))
 
 
@@ -342,7 +253,7 @@ def test_round_to_nearest_on_models() -> None:
         with round_to_nearest(model, bits=4, group_size=16):
             for name, parameter in linear_weights(model).items():
                 old = weights[name].t() if flip else weights[name]
-                want = fake_quant_rtn(old, bits=4, group_size=16)
+                want = zk.fake_quant(old.contiguous(), "int4", group_size=16)
                 assert torch.equal(parameter.t() if flip else parameter, want), name
                 assert not torch.equal(parameter, weights[name])
         assert same_bits(before, bits(model))

@@ -162,10 +162,21 @@ def round_to_nearest(
     symmetric: bool = True,
     parameters: Mapping[str, nn.Parameter] | None = None,
 ) -> Iterator[None]:
-    """Replace weights by their `fake_quant_rtn` values for the length of a `with` block.
+    """Replace weights by their `zk.fake_quant` values for the length of a `with` block.
 
-    Arguments as in `fake_quant_rtn` and, for `parameters`, `weight_noise`. The output channel is
-    dim 0, except for a transformers `Conv1D`, whose weight is stored (in, out).
+    The scheme is "int<bits>". The output channel is dim 0, except for a transformers `Conv1D`,
+    whose weight is stored (in, out).
+
+    Args:
+        model: the model; its parameters are contiguous.
+        bits: 2 to 8.
+        group_size: None for one scale per output channel, else a divisor of the in dimension.
+        symmetric: False for a zero point and a range from min to max.
+        parameters: as in `weight_noise`.
+
+    Raises:
+        ValueError, TypeError: as `zk.fake_quant`, naming the parameter. The weights have their
+            original bits then.
     """
     chosen = linear_weights(model) if parameters is None else dict(parameters)
     transposed = {id(module.weight) for module in model.modules() if _is_conv1d(module)}
@@ -173,90 +184,12 @@ def round_to_nearest(
         with torch.no_grad():
             for name, parameter in chosen.items():
                 flip = id(parameter) in transposed
-                weight = snapshot[name].t() if flip else snapshot[name]
-                rounded = fake_quant_rtn(
-                    weight, bits=bits, group_size=group_size, symmetric=symmetric, name=name
+                weight = snapshot[name].t().contiguous() if flip else snapshot[name]
+                rounded = zk.fake_quant(
+                    weight, f"int{bits}", group_size=group_size, symmetric=symmetric, name=name
                 )
                 parameter.detach().copy_(rounded.t() if flip else rounded)
         yield
-
-
-def fake_quant_rtn(
-    weight: Tensor,
-    *,
-    bits: int,
-    group_size: int | None = None,
-    symmetric: bool = True,
-    name: str = "weight",
-) -> Tensor:
-    """Quantise a weight by round-to-nearest and dequantise it again.
-
-    A group is a row (output channel), or with `group_size` g that many consecutive elements of a
-    row. Per group, every operation one correctly rounded binary32 operation, `/` a division and
-    not a product with a reciprocal, rhe = round half to even:
-
-        symmetric:   Q = 2**(bits-1) - 1
-                     scale = max|w| / Q
-                     w' = clamp(rhe(w / scale), -Q, Q) * scale
-        asymmetric:  Q = 2**bits - 1;  lo = min(min w, 0);  hi = max(max w, 0)
-                     scale = (hi - lo) / Q;  zero = clamp(rhe(-lo / scale), 0, Q)
-                     w' = (clamp(rhe(w / scale) + zero, 0, Q) - zero) * scale
-
-    and w' is rounded once to the weight's dtype. The asymmetric range includes 0, so the zero
-    point is a storable unsigned integer and 0 is represented exactly. Where scale is 0 (a group
-    of zeros, or one so small that scale underflows) w' is 0.
-
-    Args:
-        weight: (out, in), float32, bfloat16 or float16. Not written.
-        bits: 2 to 8.
-        group_size: None for one group a row, else a divisor of the in dimension.
-        symmetric: which of the two formulas.
-        name: what errors call the weight.
-
-    Returns:
-        A new tensor of the weight's shape and dtype.
-
-    Raises:
-        ValueError: not 2-D, bits or group size out of range, in dimension not a multiple of the
-            group size, or non-finite values.
-        TypeError: another dtype.
-    """
-    _check_dtype(weight, name)
-    if weight.dim() != 2:
-        raise ValueError(f"expected {name!r} of shape (out, in), got {tuple(weight.shape)}")
-    if not 2 <= bits <= 8:
-        raise ValueError(f"expected 2 <= bits <= 8, got {bits}")
-    rows, columns = weight.shape
-    size = columns if group_size is None else group_size
-    if group_size is not None and (group_size < 1 or columns % group_size):
-        raise ValueError(
-            f"expected a group size that divides the in dimension {columns} of {name!r}, "
-            f"got {group_size}"
-        )
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"expected finite values in {name!r}, got NaN or infinity")
-    if weight.numel() == 0:
-        return weight.detach().clone()
-    w = weight.detach().float().reshape(rows, columns // size, size)
-    if symmetric:
-        top = 2 ** (bits - 1) - 1
-        scale = _divide(w.abs().amax(-1, keepdim=True), top)
-        safe = torch.where(scale > 0, scale, 1.0)
-        q = (w / safe).round().clamp(-top, top)
-    else:
-        top = 2**bits - 1
-        low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
-        scale = _divide(high - low, top)
-        safe = torch.where(scale > 0, scale, 1.0)
-        zero = (-low / safe).round().clamp(0, top)
-        q = ((w / safe).round() + zero).clamp(0, top) - zero
-    return (q * scale).reshape(rows, columns).to(weight.dtype)
-
-
-def _divide(x: Tensor, divisor: int) -> Tensor:
-    """Divide by an integer, correctly rounded on every device."""
-    # CUDA turns tensor / python number into a product with the rounded reciprocal.
-    return x / torch.full_like(x, divisor)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
