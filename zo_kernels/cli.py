@@ -1,4 +1,4 @@
-"""The command line: align, refine, evaluate, demo, doctor."""
+"""The command line: align, refine, evaluate, demo, doctor, inspect."""
 
 from __future__ import annotations
 
@@ -65,6 +65,18 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "doctor", _doctor, "what this machine has, and whether it works")
     command.add_argument("--json", action="store_true", help="machine-readable")
+
+    command = _command(
+        commands, "inspect", _inspect, "what the GPU kernels compile to, without a GPU"
+    )
+    command.add_argument("--json", action="store_true", help="machine-readable")
+    command.add_argument(
+        "--target", nargs="+", help="sm_80, sm_90, sm_100, gfx942, gfx1100 (default: all)"
+    )
+    command.add_argument(
+        "--kernel", nargs="+", metavar="PATTERN", help="names such as 'combine*' (default: all)"
+    )
+    command.add_argument("--out", type=Path, metavar="FILE", help="write the JSON here as well")
     return parser
 
 
@@ -318,6 +330,25 @@ def _doctor(options: argparse.Namespace) -> None:
                 print(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
     if any("WRONG BITS" in state for state in found["backends"].values()):
         raise RuntimeError("a backend gives wrong bits")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from zo_kernels.pipeline import inspection
+    from zo_kernels.refine.records import progress_bar
+
+    with progress_bar("inspect") as progress:
+        reports = inspection.compile_reports(options.target, options.kernel, progress)
+    record = inspection.record(reports)
+    text = json.dumps(record, indent=1)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text + "\n")
+    if options.json:
+        print(text)
+    else:
+        inspection.show(reports)
+    if record["broken"]:
+        raise RuntimeError("; ".join(record["broken"]))
 
 
 if __name__ == "__main__":
