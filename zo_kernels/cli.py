@@ -336,8 +336,9 @@ def _inspect(options: argparse.Namespace) -> None:
     from zo_kernels.pipeline import inspection
     from zo_kernels.refine.records import progress_bar
 
+    work = inspection.choose(options.target, options.kernel)
     with progress_bar("inspect") as progress:
-        reports = inspection.compile_reports(options.target, options.kernel, progress)
+        reports = inspection.compile_reports(work, progress)
     record = inspection.record(reports)
     text = json.dumps(record, indent=1)
     if options.out:

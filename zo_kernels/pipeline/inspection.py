@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -24,32 +24,49 @@ _MODULE = "zo_kernels.backends.triton.inspect"
 _WIDTH = 400  # columns, more than the table needs; less -S scrolls where the terminal has fewer
 
 
-def compile_reports(
-    targets: Sequence[str] | None = None,
-    kernels: Sequence[str] | None = None,
-    progress: Callable[[str, float, float], None] | None = None,
-) -> list[Report]:
-    """Reports of all kernels, compiled in a process of its own without TRITON_INTERPRET.
+def choose(
+    targets: Sequence[str] | None = None, kernels: Sequence[str] | None = None
+) -> dict[str, list[str]]:
+    """What to compile: target -> names of variants.
 
     Args:
-        targets: names of architectures; None for all.
-        kernels: patterns of variants' names; None for all.
-        progress: called with what was compiled last, how many are done, and of how many.
+        targets: architectures; None for all.
+        kernels: patterns of names, as a shell's; None for all.
 
     Raises:
-        ValueError: a target or pattern that fits nothing.
-        RuntimeError: Triton is missing, or a kernel does not compile.
+        ValueError: a target that is not known, or patterns that fit no name.
+        RuntimeError: Triton is missing.
     """
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("Triton is not installed; pip install 'zo_kernels[gpu]' brings it")
+    from zo_kernels.backends.triton.compile import TARGETS
+    from zo_kernels.backends.triton.inspect import check_targets, select
+
+    check_targets(targets or ())
+    names = [variant.name for variant in select(kernels or ["*"])]
+    return {target: names for target in targets or TARGETS}
+
+
+def compile_reports(
+    work: Mapping[str, Sequence[str]],
+    progress: Callable[[str, float, float], None] | None = None,
+) -> list[Report]:
+    """Reports of kernels, compiled in a process of its own without TRITON_INTERPRET.
+
+    Args:
+        work: see ``choose``.
+        progress: called with what was compiled last, how many are done, and of how many.
+
+    Raises:
+        RuntimeError: a kernel does not compile; with the compiler's words.
+    """
     from zo_kernels.backends.triton.inspect import Report
 
-    command = [sys.executable, "-m", _MODULE]
-    command += ["--target", *targets] if targets else []
-    command += ["--kernel", *kernels] if kernels else []
+    arguments = [f"{target}={','.join(names)}" for target, names in work.items()]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = str(Path(__file__).parents[2])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", _MODULE, *arguments]
     reports = []
     with (
         tempfile.TemporaryFile("w+") as errors,
@@ -68,8 +85,6 @@ def compile_reports(
         status = run.wait()
         errors.seek(0)
         text = errors.read().strip()
-    if status == 2:
-        raise ValueError(text.splitlines()[-1])
     if status:
         raise RuntimeError(f"the process that compiles stopped with status {status}:\n{text}")
     return reports
@@ -157,6 +172,7 @@ def table(reports: Sequence[Report]) -> Table:
     result.add_column("shared\nbytes", justify="right", no_wrap=True)
     result.add_column("a lane loads,\nstores (bytes)", no_wrap=True)
     result.add_column("instr. per\nelement", justify="right", no_wrap=True)
+    result.add_column("other\nloops", justify="right", no_wrap=True)
     result.add_column("of them in each pipe", min_width=30, max_width=44)
     result.add_column("+1 direc-\ntion (+1)", justify="right", no_wrap=True)
     result.add_column("approx.", justify="right")
@@ -176,6 +192,7 @@ def table(reports: Sequence[Report]) -> Table:
             str(report.shared),
             f"{_widths(report.loads)}, {_widths(report.stores)}",
             "-" if report.instructions is None else f"{report.instructions:.1f}",
+            ", ".join(f"{cost:.1f}" for cost in report.others) or "-",
             _pipes(report),
             "-" if report.further is None else f"{report.further:.1f}",
             _counts(report.approximate),

@@ -1,9 +1,9 @@
 """Machine code of any target: control flow, loops, and the path through the hot loop.
 
-The hot loop is the innermost one that stores to global memory in the widest accesses of the kernel.
-Of its body the path counts that moves the most bytes in its widest accesses, and of those the one
-with the fewest instructions: what every iteration costs where the tensor is aligned and the index
-is not at a ragged end. Predicated instructions count, as the GPU issues them.
+The hot loop is an innermost one that stores to global memory in the widest accesses of the kernel;
+of several the one with the fewest instructions per byte, as the others serve ragged ends and
+misaligned views. Of its body the path counts that moves the most bytes in its widest accesses, and
+of those the one with the fewest instructions. Predicated instructions count: the GPU issues them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Code:
         approximate: instruction -> count, in all of the kernel.
         fma: fewest and most multiply-adds that the source asks for. They differ where it has
             packed ones, of which LLVM may leave a half undefined.
-        machine_fma: multiply-adds in the machine code; another number means contraction.
+        machine_fma: multiply-adds in the machine code; more mean contraction.
+        adds, machine_adds: the same of additions, fewest in the source. A contraction takes one
+            away.
         expansions: exact operations that become several instructions with multiply-adds of their
             own, such as div.rn.f32; contraction cannot be seen beside them.
     """
@@ -69,7 +71,22 @@ class Code:
     approximate: dict[str, int]
     fma: tuple[int, int]
     machine_fma: int
+    adds: int
+    machine_adds: int
     expansions: list[str] = field(default_factory=list)
+
+    @property
+    def contracted(self) -> int:
+        """Multiplications and additions that became one operation, as far as counts can tell.
+
+        Counts tell nothing beside expansions. Compilers drop duplicates, which may hide as many
+        contractions as additions have gone.
+        """
+        if self.expansions:
+            return 0
+        if self.machine_fma < self.fma[0]:
+            return max(0, self.adds - self.machine_adds)
+        return max(0, self.machine_fma - self.fma[1])
 
 
 @dataclass
@@ -78,16 +95,18 @@ class HotPath:
 
     Attributes:
         body: instructions without those of loops inside the body.
-        inner: instructions of one iteration of a loop inside the body, the longest of those that
-            lie on the path; None if there is none.
+        inner: instructions of one iteration of each loop inside the body, where a path of the same
+            accesses runs through them; None if there is none.
         loop: False where the widest stores are in no loop; the path is then the whole kernel's.
         stored: bytes that a lane stores in its widest accesses.
+        others: instructions per stored byte of the other loops that store as widely.
     """
 
     body: list[Instruction]
     inner: list[Instruction] | None
     loop: bool
     stored: int
+    others: list[float] = field(default_factory=list)
 
 
 def control_flow(instructions: Sequence[Instruction], labels: Mapping[str, int]) -> nx.DiGraph:
@@ -159,34 +178,22 @@ class _Region:
         found = [i.access for code in self.code.values() for i in code if i.access]
         return max((a.width for a in found if a.store == store), default=0)
 
-    def path(self, weigh: Callable[[Iterable[Instruction]], int]) -> tuple[list[int], set[int]]:
-        """The blocks of the heaviest path, the shortest of those; the inner loops that such a
-        path can meet."""
-        order = list(nx.topological_sort(self.flow))
-        weight = {b: weigh(code) for b, code in self.code.items()}
-        after: dict[int, tuple[int, int]] = {}  # weight and minus length of the best way to an end
+    def path(self, weigh: Callable[[int], tuple[int, int]]) -> list[int]:
+        """The blocks of the heaviest path to an end; weigh(block) has the major weight first."""
+        best: dict[int, tuple[int, int]] = {}
         choice: dict[int, int | None] = {}
-        for block in reversed(order):
-            ways = [(*after[s], s) for s in self.flow.successors(block) if s in after]
+        for block in reversed(list(nx.topological_sort(self.flow))):
+            ways = [(*best[s], s) for s in self.flow.successors(block) if s in best]
             ways += [(0, 0, None)] if block in self.ends else []
             if ways:
-                heaviest, length, choice[block] = max(ways, key=lambda way: way[:2])
-                own = weight[block], -len(self.code[block])
-                after[block] = heaviest + own[0], length + own[1]
-        before = {self.header: 0}
-        for block in order:
-            for successor in self.flow.successors(block) if block in before else ():
-                reached = before[block] + weight[block]
-                before[successor] = max(before.get(successor, 0), reached)
-        total = after[self.header][0]
-        met = {
-            h for h in self.inner if h in before and h in after and before[h] + after[h][0] == total
-        }
+                major, minor, choice[block] = max(ways, key=lambda way: way[:2])
+                own = weigh(block)
+                best[block] = major + own[0], minor + own[1]
         blocks, block = [], self.header
         while block is not None:
             blocks.append(block)
             block = choice[block]
-        return blocks, met
+        return blocks
 
     def instructions(self, blocks: Iterable[int]) -> list[Instruction]:
         """The code of blocks in order."""
@@ -194,11 +201,7 @@ class _Region:
 
 
 def hot_path(instructions: Sequence[Instruction], labels: Mapping[str, int]) -> HotPath | None:
-    """One iteration of the hot loop, or None if the code stores nothing in global memory.
-
-    Where several loops store in the widest accesses, the one that stores the most bytes in an
-    iteration is taken, and of equals the one with the most instructions.
-    """
+    """One iteration of the hot loop, or None if the code stores nothing in global memory."""
     graph = control_flow(instructions, labels)
     loops = natural_loops(graph)
     regions = [_Region(graph, header, blocks, loops) for header, blocks in loops.items()]
@@ -210,23 +213,26 @@ def hot_path(instructions: Sequence[Instruction], labels: Mapping[str, int]) -> 
     candidates = [r for r in regions if r.widest(store=True) == widest]
     candidates = [r for r in candidates if r.loop] or candidates
     paths = [_path(region, graph, loops) for region in candidates]
-    return max(paths, key=lambda path: (path.stored, len(path.body)))
+    paths.sort(key=lambda path: len(path.body) / path.stored)
+    paths[0].others = [len(path.body) / path.stored for path in paths[1:]]
+    return paths[0]
 
 
 def _path(region: _Region, graph: nx.DiGraph, loops: dict) -> HotPath:
     widths = {store: region.widest(store) for store in (False, True)}
+    inside = {}
+    for header, blocks in region.inner.items():
+        loop = _Region(graph, header, blocks, loops)
+        path = loop.path(lambda block, loop=loop: (0, -len(loop.code[block])))
+        inside[header] = loop.instructions(path)
 
-    def wide_bytes(code: Iterable[Instruction]) -> int:
-        accesses = [i.access for i in code if i.access]
+    def wide_bytes(block: int) -> int:
+        accesses = [i.access for i in region.code[block] if i.access]
         return sum(a.width for a in accesses if a.width == widths[a.store])
 
-    blocks, met = region.path(wide_bytes)
-    body = region.instructions(blocks)
-    inner = []
-    for header in met:
-        inside = _Region(graph, header, region.inner[header], loops)
-        inner.append(inside.instructions(inside.path(lambda code: 0)[0]))
-    stored = sum(
-        i.access.width for i in body if i.access and i.access == Access(True, widths[True])
-    )
-    return HotPath(body, max(inner, key=len) if inner else None, region.loop, stored)
+    shortest = region.path(lambda block: (wide_bytes(block), -len(region.code[block])))
+    longest = region.path(lambda block: (wide_bytes(block), len(inside.get(block, ()))))
+    body = region.instructions(shortest)
+    inner = [i for block in longest for i in inside.get(block, ())]
+    stored = sum(i.access.width for i in body if i.access == Access(True, widths[True]))
+    return HotPath(body, inner or None, region.loop, stored)

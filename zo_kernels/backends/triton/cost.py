@@ -5,7 +5,8 @@
 
 Every instruction of a wave takes a lane's slot in its pipe and in the issue pipe, and a pipe passes
 ``lanes`` slots per clock and unit (SM or CU). Nothing is lost to latency, occupancy or launches, so
-``compute`` is an upper bound; where it is close to ``memory``, expect less than either.
+``compute`` is an upper bound; where it is close to ``memory``, expect less than either. ASSUMPTIONS
+states every number with its source.
 
 The high half of an integer product (IMAD.WIDE, IMAD.HI, v_mad_u64_u32, v_mul_hi_u32) is not in the
 vendors' tables. It is taken at its slow rate, and the prediction for its fast rate stands beside.
@@ -91,7 +92,7 @@ class Prediction:
     further: float | None
 
 
-_MEMORY_PIPES = (
+_COMMON = (
     Pipe("alu", 64, {"alu": 1}),
     Pipe("xu", 16, {"xu": 1, "other": 1}),
     Pipe("lsu", 32, {"lsu": 1}),
@@ -100,12 +101,12 @@ _MEMORY_PIPES = (
 )
 _GA100 = (
     Pipe("fma", 64, {"fma": 1, "imad": 1, "wide": 2}, {"fma": 1, "imad": 1, "wide": 1}),
-    *_MEMORY_PIPES,
+    *_COMMON,
 )
 _GH100 = (
     Pipe("fma", 128, {"fma": 1, "imad": 1, "wide": 2}, {"fma": 1, "imad": 1, "wide": 1}),
     Pipe("fma heavy", 64, {"imad": 1, "wide": 2}, {"imad": 1, "wide": 1}),
-    *_MEMORY_PIPES,
+    *_COMMON,
 )
 _VALU = {"valu": 1.0, "vmul": 4.0, "vcvt": 4.0, "vtrans": 4.0, "other": 4.0}
 _CDNA3 = (

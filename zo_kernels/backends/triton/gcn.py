@@ -31,6 +31,10 @@ _LABEL = re.compile(r"^([.\w$]+):")
 _APPROXIMATE = re.compile(r"v_(exp|log|sin|cos|rcp|rsq|sqrt)_|v_(mac|mad)(_legacy|_mix)?_f")
 _FMA = re.compile(r"v_(?:dual_)?(pk_)?fma(?:c|ak|mk)?_f32|v_fma_mix(?:lo|hi)?_f")
 
+_ADD = re.compile(r"v_(?:dual_)?(pk_)?(?:add|sub|subrev)_f32")
+_LLVM_FMA = re.compile(r"call [^\n]*@llvm\.fma(?:uladd)?\.(?:v(\d+))?f32")
+_LLVM_ADD = re.compile(r"= f(?:add|sub) (?:\w+ )*(?:float|<\d+ x float>) ")
+
 
 def pipe(opcode: str) -> str:
     """The pipe that executes an opcode; "other" if it is not known here."""
@@ -72,9 +76,10 @@ def _metadata(text: str, name: str) -> int:
     return max(map(int, found))
 
 
-def _llvm_fma(llir: str) -> tuple[int, int]:
-    calls = re.findall(r"call [^\n]*@llvm\.fma(?:uladd)?\.(v\d+)?f32", llir)
-    return len(calls), sum(int(width[1:]) if width else 1 for width in calls)
+def _machine_count(opcodes: Counter[str], kind: re.Pattern[str]) -> int:
+    """Operations on float32; group 1 of the pattern marks instructions of two of them."""
+    matches = ((kind.match(op), n) for op, n in opcodes.items())
+    return sum(n * (2 if match[1] else 1) for match, n in matches if match)
 
 
 def code(assembly: str, llir: str) -> Code:
@@ -89,7 +94,7 @@ def code(assembly: str, llir: str) -> Code:
         exact = exact or (exact_division and op.startswith("v_rcp_f"))
         if _APPROXIMATE.match(op) and not exact:
             approximate[op] = n
-    fma = ((_FMA.match(op), n) for op, n in machine.items())
+    widths = [int(width or 1) for width in _LLVM_FMA.findall(llir)]
     return Code(
         instructions=instructions,
         labels=labels,
@@ -102,7 +107,9 @@ def code(assembly: str, llir: str) -> Code:
         },
         shared=_metadata(assembly, "group_segment_fixed_size"),
         approximate=approximate,
-        fma=_llvm_fma(llir),
-        machine_fma=sum(n * (2 if match[1] else 1) for match, n in fma if match),
+        fma=(len(widths), sum(widths)),
+        machine_fma=_machine_count(machine, _FMA),
+        adds=len(_LLVM_ADD.findall(llir)),
+        machine_adds=_machine_count(machine, _ADD),
         expansions=["division"] if exact_division else [],
     )

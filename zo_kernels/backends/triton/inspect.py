@@ -1,12 +1,11 @@
-"""What Triton compiles of every kernel for GPUs that need not be here, and what was promised of it.
+"""What Triton compiles of the kernels for GPUs that need not be here, and what was promised.
 
-``python -m zo_kernels.backends.triton.inspect`` prints one line of JSON per variant and target; the
-command line and the tests read those from a process without TRITON_INTERPRET.
+``python -m zo_kernels.backends.triton.inspect sm_90='combine*'`` prints a line of JSON per variant
+and target. The command line and the tests read those from a process without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 
-from zo_kernels.backends.triton import gcn, perturb, sass
+from zo_kernels.backends.triton import gcn, launch, quantize, sass
 from zo_kernels.backends.triton.assembly import Code, Instruction, hot_path
 from zo_kernels.backends.triton.compile import TARGETS, Variant, compile_variant
 
@@ -27,7 +26,7 @@ def all_variants() -> list[Variant]:
     Raises:
         ValueError: if two have the same name.
     """
-    variants = [*perturb.variants()]
+    variants = [*launch.variants(), *quantize.variants()]
     twice = [name for name, n in Counter(v.name for v in variants).items() if n > 1]
     if twice:
         raise ValueError(f"all_variants: expected unique names, got {twice} more than once")
@@ -64,12 +63,12 @@ class Report:
         bytes_per_element: as in Variant.
         registers: vector registers per lane.
         scalar_registers: AMD's scalar registers per wave; None on NVIDIA.
-        spills: kind -> bytes of a lane, registers, or accesses; see assembly.Code.
+        spills: kind -> bytes of a lane, or registers; see assembly.Code.
         shared: bytes of shared memory.
         approximate: approximate or flushing instruction -> count in the kernel.
         fma: fewest and most multiply-adds the source asks for.
         machine_fma: multiply-adds in the machine code.
-        expansions: exact operations made of multiply-adds of their own.
+        contracted: multiplications and additions that became one operation.
         region: "loop", or "kernel" where the widest stores are in no loop and all of the kernel is
             counted, or None where it stores nothing.
         elements: elements of dst that a lane stores in one iteration.
@@ -78,9 +77,10 @@ class Report:
         instructions: per element, loops inside the body left out; None without a region.
         pipes: pipe -> instructions per element.
         unknown: instruction of no known pipe -> count in one iteration.
-        further: instructions of one iteration of a loop inside the body, per element: the cost of
-            each further direction. None if there is no such loop.
+        further: instructions of one iteration of the loops inside the body, per element: the cost
+            of each further direction. None if there is no such loop.
         further_pipes: pipe -> such instructions per element.
+        others: instructions per element of the other loops that store as widely.
     """
 
     variant: str
@@ -93,7 +93,7 @@ class Report:
     approximate: dict[str, int]
     fma: tuple[int, int]
     machine_fma: int
-    expansions: list[str]
+    contracted: int
     region: str | None = None
     elements: float = 0.0
     loads: tuple[int, ...] = ()
@@ -104,6 +104,7 @@ class Report:
     unknown: dict[str, int] | None = None
     further: float | None = None
     further_pipes: dict[str, float] | None = None
+    others: tuple[float, ...] = ()
 
     @property
     def narrow(self) -> float:
@@ -112,14 +113,6 @@ class Report:
             return self.bytes_per_element
         wide = sum(width for width in (*self.loads, *self.stores) if width >= WIDE)
         return max(0.0, self.bytes_per_element - wide / self.elements)
-
-    @property
-    def contracted(self) -> int:
-        """Multiply-adds more (or fewer) than the source asks for; 0 where that cannot be seen."""
-        low, high = self.fma
-        if self.expansions:
-            return 0
-        return max(self.machine_fma - high, 0) + max(low - self.machine_fma, 0)
 
 
 @dataclass(frozen=True)
@@ -158,7 +151,7 @@ class Budget:
 
 #: Words for a number of a report -> how to get it; None where the code gives no such number.
 QUANTITIES: dict[str, Callable[[Report], float | None]] = {
-    "spilled bytes, registers and accesses": lambda r: sum(r.spills.values()),
+    "spilled bytes or registers": lambda r: sum(r.spills.values()),
     "approximate instructions": lambda r: sum(r.approximate.values()),
     "contracted multiply-adds": lambda r: r.contracted,
     "bytes per element outside 16-byte accesses": lambda r: r.narrow,
@@ -168,7 +161,7 @@ QUANTITIES: dict[str, Callable[[Report], float | None]] = {
 }
 
 BUDGETS = (
-    Budget("*", "*", "spilled bytes, registers and accesses", 0),
+    Budget("*", "*", "spilled bytes or registers", 0),
     Budget("*", "*", "approximate instructions", 0),
     Budget("*", "*", "contracted multiply-adds", 0),
     Budget("*", "*", "bytes per element outside 16-byte accesses", 0),
@@ -176,7 +169,7 @@ BUDGETS = (
     Budget("combine bf16", "sm_90", "instructions per element", 36, aim=33),
     Budget("combine fp32", "sm_90", "instructions per element", 36),
     Budget("combine*directions*", "sm_90", "instructions per element and further direction", 32),
-    Budget("*rademacher*", "sm_90", "instructions per element", 8),
+    Budget("combine ???? rademacher", "sm_90", "instructions per element", 8),
 )
 
 
@@ -204,7 +197,7 @@ def describe(variant: Variant, target: str, code: Code) -> Report:
         "approximate": code.approximate,
         "fma": code.fma,
         "machine_fma": code.machine_fma,
-        "expansions": code.expansions,
+        "contracted": code.contracted,
     }
     path = hot_path(code.instructions, code.labels)
     if path is None:
@@ -223,6 +216,7 @@ def describe(variant: Variant, target: str, code: Code) -> Report:
         unknown=dict(Counter(i.opcodes[0] for i in path.body if i.pipe == "other")),
         further=len(path.inner) / elements if path.inner else None,
         further_pipes=_per_element(path.inner, elements) if path.inner else None,
+        others=tuple(cost * variant.dst_itemsize for cost in path.others),
     )
 
 
@@ -258,28 +252,22 @@ def examine(
     return reports
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a line {"report": ..., "done": ..., "total": ...} per variant and target.
+def main(arguments: Sequence[str]) -> None:
+    """Compile what is named as TARGET=PATTERN (patterns apart by commas), and print a line
+    {"report": ..., "done": ..., "total": ...} for each variant and target."""
+    split = [argument.partition("=") for argument in arguments]
+    work = [(target, select(patterns.split(","))) for target, _, patterns in split]
+    total = sum(len(variants) for _, variants in work)
+    done = 0
 
-    The exit status is 0, or 2 with one line on stderr for a bad argument.
-    """
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--target", nargs="+", default=list(TARGETS))
-    parser.add_argument("--kernel", nargs="+", default=["*"], help="patterns of variants")
-    options = parser.parse_args(arguments)
-
-    def show(report: Report, done: int, total: int) -> None:
+    def show(report: Report, *_: int) -> None:
+        nonlocal done
+        done += 1
         print(json.dumps({"report": asdict(report), "done": done, "total": total}), flush=True)
 
-    try:
-        variants = select(options.kernel)
-        check_targets(options.target)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    examine(variants, options.target, show)
-    return 0
+    for target, variants in work:
+        examine(variants, [target], show)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(sys.argv[1:])

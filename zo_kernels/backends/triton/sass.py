@@ -43,7 +43,10 @@ _EXPLAINS = {
     "MUFU.RSQ": r"sqrt\.rn\.",
     "MUFU.SQRT": r"sqrt\.rn\.",
 }
-_PTX_FMA = re.compile(r"(fma|mad)\.rn\.(\w+\.)*f32(x2)?$")
+_PTX_FMA = re.compile(r"(?:fma|mad)\.(?:\w+\.)*f32(x2)?$")
+_PTX_ADD = re.compile(r"(?:add|sub)\.(?:\w+\.)*f32(x2)?$")
+_SASS_FMA = re.compile(r"FFMA(2)?(?:32I)?(?:\.|$)")
+_SASS_ADD = re.compile(r"FADD(2)?(?:32I)?(?:\.|$)")
 _EXPANDS = re.compile(r"(div|rcp|sqrt)\.rn\.")
 _LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 _LABEL = re.compile(r"^([^\s:]+):\s*$")
@@ -122,22 +125,26 @@ def code(sass: str, resources: str, ptx: str) -> Code:
     numbers = usage(resources)
     machine = Counter(opcode for i in instructions for opcode in i.opcodes)
     source = ptx_opcodes(ptx)
-    spilled = sum(n for op, n in machine.items() if op.startswith(("LDL", "STL")))
-    fma = {op: n for op, n in source.items() if _PTX_FMA.match(op)}
     return Code(
         instructions=instructions,
         labels=labels,
         registers=numbers["REG"],
         scalar_registers=None,
-        spills={"local": numbers["LOCAL"], "stack": numbers["STACK"], "accesses": spilled},
+        spills={"local": numbers["LOCAL"], "stack": numbers["STACK"]},
         shared=numbers["SHARED"],
         approximate=_approximate(machine, source),
-        fma=(sum(fma.values()), sum(n * (1 + op.endswith("x2")) for op, n in fma.items())),
-        machine_fma=sum(
-            n * (1 + op.startswith("FFMA2")) for op, n in machine.items() if op.startswith("FFMA")
-        ),
+        fma=(_count(source, _PTX_FMA, packed=1), _count(source, _PTX_FMA, packed=2)),
+        machine_fma=_count(machine, _SASS_FMA, packed=2),
+        adds=_count(source, _PTX_ADD, packed=1),
+        machine_adds=_count(machine, _SASS_ADD, packed=2),
         expansions=sorted(op for op in source if _EXPANDS.match(op)),
     )
+
+
+def _count(opcodes: Counter[str], kind: re.Pattern[str], packed: int) -> int:
+    """Operations on float32; group 1 of the pattern marks instructions of two of them."""
+    matches = ((kind.match(op), n) for op, n in opcodes.items())
+    return sum(n * (packed if match[1] else 1) for match, n in matches if match)
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
