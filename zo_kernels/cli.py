@@ -71,10 +71,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--json", action="store_true", help="machine-readable")
     command.add_argument(
-        "--target", nargs="+", help="sm_80, sm_90, sm_100, gfx942, gfx1100 (default: all)"
+        "--target",
+        nargs="+",
+        action="extend",
+        help="sm_80, sm_90, sm_100, gfx942, gfx1100 (default: all)",
     )
     command.add_argument(
-        "--kernel", nargs="+", metavar="PATTERN", help="names such as 'combine*' (default: all)"
+        "--kernel",
+        nargs="+",
+        action="extend",
+        metavar="PATTERN",
+        help="names such as 'combine*' (default: all)",
     )
     command.add_argument("--out", type=Path, metavar="FILE", help="write the JSON here as well")
     return parser
