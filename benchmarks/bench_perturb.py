@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 
-import mezo
 import pytest
 import torch
-from interleave import interleave, median_ratio, medians
 
 import zo_kernels as zk
 from zo_kernels.backends import native
+from zo_kernels.pipeline.rivals import compiled_perturb, mezo_perturb_
+from zo_kernels.pipeline.timing import interleave, median_ratio, medians
 
 NUMEL = 1 << 24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -43,7 +43,7 @@ def test_perturb(benchmark, report, rounds, threads, dtype):
     copy = torch.empty_like(tensor)
     isas = [isa for isa in native.available_isas() if isa != "scalar"]
     cases = {
-        "MeZO normal + add_": lambda: mezo.perturb([tensor], 1e-3, 1),
+        "MeZO normal + add_": lambda: mezo_perturb_([tensor], 1e-3, 1),
         "zk.perturb_": lambda: perturb(tensor),
         "zk.perturb_ stochastic": lambda: perturb(tensor, rounding="stochastic"),
         "torch.clone": tensor.clone,
@@ -86,7 +86,7 @@ def test_compiled_rival(benchmark, report, rounds, dtype):
     tensor = weights(dtype)[: NUMEL // 16].clone()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    compiled = torch.compile(lambda p: p.add_(torch.randn_like(p), alpha=1e-3))
+    compiled = compiled_perturb(1e-3)
     cases = {"torch.compile": lambda: compiled(tensor), "zk.perturb_": lambda: perturb(tensor)}
     times = interleave(cases, rounds(3))
     torch.set_num_threads(before)

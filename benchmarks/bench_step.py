@@ -13,10 +13,10 @@ from pathlib import Path
 import mezo
 import pytest
 import torch
-from interleave import interleave, median_ratio, medians
 
 import zo_kernels as zk
 from zo_kernels.pipeline.smollm2 import prepare
+from zo_kernels.pipeline.timing import interleave, median_ratio, medians
 from zo_kernels.refine.checkpoint import load
 
 LR, EPS = 1e-9, 1e-3

@@ -16,8 +16,8 @@ _MASK = 0xFFFFFFFF
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The bit patterns of a floating tensor, int16 or int32 on the CPU."""
-    integer = torch.int32 if tensor.element_size() == 4 else torch.int16
+    """The bit patterns of a tensor of 2, 4 or 8 bytes per element, as integers on the CPU."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.detach().cpu().contiguous().view(integer)
 
 

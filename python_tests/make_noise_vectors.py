@@ -1,4 +1,4 @@
-"""Writes noise_vectors.txt, the test vectors of the noise contract, from the reference backend.
+"""Writes zo_kernels/data/noise_vectors.txt, the test vectors, from the reference backend.
 
 Run it only when NOISE_SPEC changes: `python python_tests/make_noise_vectors.py`. Other
 implementations of the contract can be checked against the table without this package.
@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 import zo_kernels as zk
+from zo_kernels.vectors import DTYPES, from_pattern, hexadecimal
 
-PATH = Path(__file__).with_name("noise_vectors.txt")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PATH = Path(zk.__file__).with_name("data") / "noise_vectors.txt"
 HEADER = f"""\
 # Test vectors of the noise contract, NOISE_SPEC {zk.NOISE_SPEC}. Written by make_noise_vectors.py.
 # All fields but `index` (decimal) are bit patterns in hexadecimal. Two kinds of lines:
@@ -47,28 +47,9 @@ SCALES = (  # src scale, scales: an update, an evaluation, a decaying update, be
 )
 
 
-def float_bits(value: float) -> int:
+def float_pattern(value: float) -> str:
     """The binary32 pattern of a number."""
-    return torch.tensor(value, dtype=torch.float32).view(torch.int32).item() & 0xFFFFFFFF
-
-
-def from_pattern(pattern: int, name: str) -> torch.Tensor:
-    """One element of the named type with that bit pattern."""
-    integer, size = (torch.int32, 32) if name == "fp32" else (torch.int16, 16)
-    signed = pattern - (1 << size) if pattern >> (size - 1) else pattern
-    return torch.tensor([signed], dtype=integer).view(DTYPES[name])
-
-
-def pattern_of(tensor: torch.Tensor, name: str) -> int:
-    """The bit pattern of a tensor of one element."""
-    if name == "fp32":
-        return tensor.view(torch.int32).item() & 0xFFFFFFFF
-    return tensor.view(torch.int16).item() & 0xFFFF
-
-
-def hexadecimal(pattern: int, name: str) -> str:
-    """As many digits as the named type has."""
-    return f"{pattern:0{8 if name == 'fp32' else 4}x}"
+    return hexadecimal(torch.tensor([value], dtype=torch.float32))
 
 
 def normal_lines() -> list[str]:
@@ -78,10 +59,8 @@ def normal_lines() -> list[str]:
         for index in (*INDICES[i % 3 :: 3], INDICES[-1 - i % 4]):
             address = {"seed": seed, "direction": direction, "stream": stream, "offset": index}
             word = zk.random_words(1, **address, backend="reference").item()
-            z = float_bits(zk.normal(1, **address, backend="reference").item())
-            lines.append(
-                f"normal {seed:016x} {direction:08x} {stream:08x} {index} {word:08x} {z:08x}"
-            )
+            z = hexadecimal(zk.normal(1, **address, backend="reference"))
+            lines.append(f"normal {seed:016x} {direction:08x} {stream:08x} {index} {word:08x} {z}")
     return lines
 
 
@@ -92,13 +71,13 @@ def update_lines() -> list[str]:
     for i, (src_name, dst_name, which, rounding) in enumerate(cases):
         seed, (direction, stream) = SEEDS[i % 4], PLACES[i // 4 % 4]
         index = INDICES[i % len(INDICES)]
-        source = SOURCES[src_name][which]
+        source = from_pattern(SOURCES[src_name][which], src_name)
         src_scale, scales = SCALES[i // 2 % len(SCALES)]
         directions = [(direction + k) % 2**32 for k in range(len(scales))]
         dst = torch.empty(1, dtype=DTYPES[dst_name])
         zk.combine_(
             [dst],
-            [from_pattern(source, src_name)],
+            [source],
             scales,
             seed=seed,
             directions=directions,
@@ -110,9 +89,9 @@ def update_lines() -> list[str]:
         )
         fields = [
             f"update {seed:016x} {','.join(f'{d:08x}' for d in directions)} {stream:08x} {index}",
-            f"{src_name} {hexadecimal(source, src_name)} {float_bits(src_scale):08x}",
-            f"{','.join(f'{float_bits(c):08x}' for c in scales)} {rounding}",
-            f"{dst_name} {hexadecimal(pattern_of(dst, dst_name), dst_name)}",
+            f"{src_name} {hexadecimal(source)} {float_pattern(src_scale)}",
+            f"{','.join(float_pattern(c) for c in scales)} {rounding}",
+            f"{dst_name} {hexadecimal(dst)}",
         ]
         lines.append(" ".join(fields))
     return lines

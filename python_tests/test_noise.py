@@ -11,11 +11,10 @@ import make_noise_vectors
 import pytest
 import torch
 from helpers import assert_same_bits, philox_words
-from make_noise_vectors import DTYPES, from_pattern
 from torch import Tensor, nn
 
 import zo_kernels as zk
-from zo_kernels import noise
+from zo_kernels import noise, vectors
 from zo_kernels.backends import reference
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -30,15 +29,9 @@ KNOWN_ANSWERS = [
         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
     ),
 ]
-LINES = [line.split() for line in make_noise_vectors.PATH.read_text().splitlines()]
-NORMALS = [line[1:] for line in LINES if line[0] == "normal"]
-UPDATES = [line[1:] for line in LINES if line[0] == "update"]
+VECTORS = vectors.read()
 # Triton's interpreter takes a twentieth of a second per line: a part, with all types and roundings.
-INTERPRETED = {"normal": NORMALS[::4], "update": UPDATES[::5]}
-
-
-def as_float(pattern: str) -> float:
-    return from_pattern(int(pattern, 16), "fp32").item()
+INTERPRETED = VECTORS[::5]
 
 
 @pytest.mark.parametrize("counter, key, words", KNOWN_ANSWERS)
@@ -74,44 +67,23 @@ def test_words_are_philox_at_the_stated_counter(backend, device, offset):
 
 
 def test_the_table_is_of_this_spec():
-    """The committed vectors name this NOISE_SPEC, and their script still writes exactly them."""
-    text = make_noise_vectors.PATH.read_text()
+    """The package's vectors name this NOISE_SPEC, and their script still writes exactly them."""
+    text = vectors.table_text()
     assert f"NOISE_SPEC {noise.NOISE_SPEC}." in text.splitlines()[0]
-    assert text == make_noise_vectors.table()
-    assert len(NORMALS) > 60 and len(UPDATES) == 9 * 7 * 2
+    assert text == make_noise_vectors.table() == make_noise_vectors.PATH.read_text()
+    kinds = [vector.kind for vector in VECTORS]
+    for part in (VECTORS, INTERPRETED):
+        updates = [v.fields for v in part if v.kind == "update"]
+        assert len({(f[4], f[9], f[8]) for f in updates}) == 9 * 2  # types and roundings
+    assert kinds.count("normal") > 60 and kinds.count("update") == 9 * 7 * 2
+    assert text.splitlines()[-len(VECTORS) :] == [str(vector) for vector in VECTORS]
 
 
-def test_normals_of_the_table(backend, device):
-    """Every backend gives the words and normals of the table, to the bit."""
-    lines = INTERPRETED["normal"] if backend == "triton" and device == "cpu" else NORMALS
-    for seed, direction, stream, index, word, normal in lines:
-        address = {"seed": int(seed, 16), "direction": int(direction, 16), "offset": int(index)}
-        address |= {"stream": int(stream, 16), "backend": backend, "device": device}
-        assert zk.random_words(1, **address).item() == int(word, 16), (seed, index)
-        assert_same_bits(
-            zk.normal(1, **address).cpu(), from_pattern(int(normal, 16), "fp32"), (seed, index)
-        )
-
-
-def test_updates_of_the_table(backend, device):
-    """Every backend gives the updates of the table, to the bit."""
-    for line in INTERPRETED["update"] if backend == "triton" and device == "cpu" else UPDATES:
-        seed, directions, stream, index, src_type, src, factor, scales, rounding = line[:9]
-        dst_type, dst = line[9:]
-        out = torch.empty(1, dtype=DTYPES[dst_type], device=device)
-        zk.combine_(
-            [out],
-            [from_pattern(int(src, 16), src_type).to(device)],
-            [as_float(c) for c in scales.split(",")],
-            seed=int(seed, 16),
-            directions=[int(d, 16) for d in directions.split(",")],
-            streams=[int(stream, 16)],
-            offsets=[int(index)],
-            rounding=rounding,
-            src_scale=as_float(factor),
-            backend=backend,
-        )
-        assert_same_bits(out.cpu(), from_pattern(int(dst, 16), dst_type), line)
+def test_vectors_of_the_table(backend, device):
+    """Every backend gives the words, normals and updates of the table, to the bit."""
+    for vector in INTERPRETED if backend == "triton" and device == "cpu" else VECTORS:
+        for op, call, expected in vector.calls(backend, device):
+            assert_same_bits(call().cpu(), expected, (op, str(vector)))
 
 
 def exact_box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
