@@ -65,6 +65,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "doctor", _doctor, "what this machine has, and whether it works")
     command.add_argument("--json", action="store_true", help="machine-readable")
+    command.add_argument(
+        "--verify", action="store_true", help="check all bits, time all kernels, write a report"
+    )
+    command.add_argument(
+        "--out", type=Path, help="--verify: the report (without: zo-kernels-report.json)"
+    )
+    command.add_argument(
+        "--device", nargs="+", help="--verify: cpu, interpreter, cuda:0, ... (without: all)"
+    )
+    command.add_argument("--elements", type=int, help="--verify: of each buffer, to time on")
 
     command = _command(
         commands, "inspect", _inspect, "what the GPU kernels compile to, without a GPU"
@@ -321,22 +331,34 @@ def _print_report(
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from zo_kernels.pipeline.doctor import examine
+    if options.verify:
+        _verify(options)
+        return
+    for name in ("out", "device", "elements"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name}: expected together with --verify, got it alone")
+    from zo_kernels.pipeline import doctor
 
-    found = examine()
-    if options.json:
-        print(json.dumps(found, indent=1))
-    else:
-        for key, value in found.items():
-            if isinstance(value, dict):
-                print(f"{key}:")
-                for name, item in value.items():
-                    number = f"{item / 1e6:,.0f} M elements/s" if key == "speeds" else item
-                    print(f"  {name:14} {number}")
-            else:
-                print(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
-    if any("WRONG BITS" in state for state in found["backends"].values()):
-        raise RuntimeError("a backend gives wrong bits")
+    found = doctor.examine()
+    print(json.dumps(found, indent=1) if options.json else doctor.text(found))
+    wrong = [name for name, state in found["backends"].items() if state.startswith(doctor.WRONG)]
+    if wrong:
+        raise RuntimeError(f"backend {', '.join(wrong)} does not work; see --verify")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from zo_kernels.pipeline import bug_report
+    from zo_kernels.pipeline.verify import Settings, line_writer
+
+    path = options.out or Path("zo-kernels-report.json")
+    settings = Settings(elements=options.elements)
+    report = bug_report.write_report(path, options.device, settings, line_writer())
+    print(json.dumps(report, indent=1) if options.json else bug_report.table(report))
+    print(f"report: {path} ({report['seconds']:.0f} s)", file=sys.stderr)
+    wrong = report["problems"]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more in the report)" if len(wrong) > 1 else ""
+        raise RuntimeError(f"{wrong[0]}{more}; please attach {path} to a bug report")
 
 
 def _inspect(options: argparse.Namespace) -> None:

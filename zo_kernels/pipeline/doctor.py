@@ -1,42 +1,63 @@
-"""What this machine has, and whether every backend that runs here gives the same bits."""
+"""What this machine has, and whether its backends work: the quick look."""
 
 from __future__ import annotations
 
+import os
 import platform
-import time
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from zo_kernels import noise, ops
+from zo_kernels import __version__, noise, ops
 from zo_kernels.backends import native
+from zo_kernels.pipeline import rooms
+from zo_kernels.pipeline.cases import ALIGNMENT, CASES, Reference, buffers, check
+from zo_kernels.pipeline.measure import failed
+from zo_kernels.pipeline.rivals import mezo_perturb_
+from zo_kernels.pipeline.timing import interleave, medians
+from zo_kernels.pipeline.verify import describe
 
-PACKAGES = ("zo_kernels", "torch", "triton", "transformers", "safetensors", "rich", "matplotlib")
-_CHECKED = 4096  # elements compared between the backends
+PACKAGES = ("torch", "triton", "transformers", "safetensors", "rich", "matplotlib")
+VARIABLES = ("ZO_KERNELS_", "TRITON_", "OMP_", "CUDA_VISIBLE", "HIP_VISIBLE", "ROCR_VISIBLE")
+#: A backend's state begins with it if the backend gives wrong bits or fails.
+WRONG = "WRONG"
+_QUICK = ("normal", "perturb_ fp32", "perturb_ bf16 stochastic", "perturb_ fp16 stochastic")
 _TIMED = 1 << 22
 
 
-def examine() -> dict[str, Any]:
-    """Versions, devices, backends with the reason where one is missing, bit checks and speeds.
-
-    Returns:
-        A JSON-serialisable dict: versions, python, machine, threads, isas, devices, noise_spec,
-        backends (name -> "ok", or why not), speeds (elements/s of one in-place bfloat16
-        perturbation, of MeZO's normal-and-add, and of a copy; CPU).
-    """
+def machine() -> dict[str, Any]:
+    """What there is: versions, processor, memory, devices, environment. JSON-serialisable."""
     return {
         "noise_spec": noise.NOISE_SPEC,
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {"zo_kernels": __version__, **{name: _version(name) for name in PACKAGES}},
         "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": _processor(),
         "isas": native.available_isas(),
-        "devices": _devices(),
-        "backends": {name: _check(name, why) for name, why in ops.backend_reasons().items()},
-        "speeds": _speeds() if native.unavailable_reason() is None else {},
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "memory": _memory(),
+        "devices": {name: gpu_facts(name) for name in rooms.gpus()},
+        "toolkits": {"cuda": torch.version.cuda, "hip": torch.version.hip},
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)},
     }
+
+
+def gpu_facts(name: str, module: ModuleType | Any | None = None) -> dict[str, Any]:
+    """A GPU's name, architecture, units, cache and memory (bytes), as far as torch tells.
+
+    Args:
+        name: "cuda:0".
+        module: ``torch.cuda`` or what stands for it.
+    """
+    module = torch.get_device_module(name) if module is None else module
+    found = module.get_device_properties(name)
+    fields = ("name", "major", "minor", "gcnArchName", "multi_processor_count", "warp_size",
+              "L2_cache_size", "total_memory", "driver_version")  # fmt: skip
+    return {field: getattr(found, field) for field in fields if hasattr(found, field)}
 
 
 def _version(name: str) -> str | None:
@@ -46,57 +67,81 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _devices() -> list[str]:
-    count = torch.cuda.device_count()
-    return ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(count))]
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
-def _check(name: str, reason: str | None) -> str:
-    """Compare a backend's normals and stochastic updates with the reference, bit for bit."""
-    if reason is not None:
-        return reason
-    device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
-    address = {"seed": 0x0123456789ABCDEF, "direction": 5, "stream": 0xDEADBEEF, "offset": 61}
-    expected = ops.normal(_CHECKED, **address, backend="reference")
-    got = ops.normal(_CHECKED, **address, backend=name, device=device).cpu()
-    if not torch.equal(expected.view(torch.int32), got.view(torch.int32)):
-        return "WRONG BITS in normal: please report this"
-    for dtype in ops.DTYPES:
-        results = []
-        for backend, place in (("reference", "cpu"), (name, device)):
-            tensor = torch.full((_CHECKED,), 0.02, dtype=dtype, device=place)
-            ops.perturb_(
-                [tensor], 1e-3, seed=1, direction=2, streams=[3], rounding="stochastic",
-                backend=backend,
-            )  # fmt: skip
-            results.append(tensor.cpu().view(torch.uint8))
-        if not torch.equal(*results):
-            return f"WRONG BITS in perturb_ of {dtype}: please report this"
+def _memory() -> int | None:
+    """Bytes of main memory, where the system tells."""
+    names = getattr(os, "sysconf_names", {})
+    if "SC_PHYS_PAGES" not in names:
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def examine() -> dict[str, Any]:
+    """``machine``, with a quick check of each backend and a few speeds.
+
+    Returns:
+        A JSON-serialisable dict: as ``machine``, and backends (name -> "ok", or why not), speeds
+        (elements/s of one in-place bfloat16 perturbation, of MeZO's loop, and of a copy; CPU).
+    """
+    return {
+        **machine(),
+        "backends": {name: why or _check(name) for name, why in ops.backend_reasons().items()},
+        "speeds": _speeds() if native.unavailable_reason() is None else {},
+    }
+
+
+def _check(backend: str) -> str:
+    """One word if a few cases are right on the backend's first device, else what is wrong."""
+    gpus = rooms.gpus()
+    device = gpus[0] if backend == "triton" and gpus else "cpu"
+    for case in CASES:
+        if case.name in _QUICK:
+            try:
+                memory = buffers(case.dtype, ALIGNMENT, device, backend)
+                verdict = check(case, memory, Reference())
+            except Exception as error:
+                verdict = failed(error)
+            if verdict["verdict"] != "ok":
+                return f"{WRONG} in {case.name}: {describe(verdict)}"
     return "ok"
 
 
 def _speeds() -> dict[str, float]:
-    weights = torch.full((_TIMED,), 0.02, dtype=torch.bfloat16)
-    copy = torch.empty_like(weights)
+    case = next(case for case in CASES if case.name == "perturb_ bf16")
+    memory = buffers(case.dtype, _TIMED, "cpu", "native")
+    memory.fill()
+    calls = {
+        "perturb_": lambda: case.run(memory),
+        "MeZO loop": lambda: mezo_perturb_([memory.weights], 1e-3, 1),
+        "copy": lambda: memory.scratch.copy_(memory.weights),
+    }
+    return {name: _TIMED / seconds for name, seconds in medians(interleave(calls, 5)).items()}
 
-    def ours() -> None:
-        ops.perturb_([weights], 1e-3, seed=1, direction=2, streams=[3], backend="native")
 
-    def mezo() -> None:
-        generator = torch.Generator().manual_seed(1)
-        z = torch.normal(
-            mean=0.0, std=1.0, size=weights.shape, dtype=weights.dtype, generator=generator
-        )
-        weights.add_(z, alpha=1e-3)
+def text(found: dict[str, Any]) -> str:
+    """What ``examine`` found, as lines to read."""
+    lines = []
+    for key, value in found.items():
+        if value and isinstance(value, dict):
+            lines += [f"{key}:", *(f"  {name:14} {_shown(key, v)}" for name, v in value.items())]
+        else:
+            lines.append(f"{key}: {_shown(key, value) or 'none'}")
+    return "\n".join(lines)
 
-    def clone() -> None:
-        copy.copy_(weights)
 
-    cases: dict[str, Callable[[], None]] = {"perturb_": ours, "MeZO loop": mezo, "copy": clone}
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(5):
-        for name, run in cases.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: _TIMED / sorted(values)[2] for name, values in times.items()}
+def _shown(key: str, value: Any) -> str:
+    if key == "speeds":
+        return f"{value / 1e6:,.0f} M elements/s"
+    if key == "memory" and value is not None:
+        return f"{value / 2**30:.1f} GiB"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item}" for name, item in value.items())
+    if value is None:
+        return "none"
+    return ", ".join(value) if isinstance(value, list) else str(value)
