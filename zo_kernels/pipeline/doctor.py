@@ -6,7 +6,6 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -46,15 +45,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def gpu_facts(name: str, module: ModuleType | Any | None = None) -> dict[str, Any]:
-    """A GPU's name, architecture, units, cache and memory (bytes), as far as torch tells.
-
-    Args:
-        name: "cuda:0".
-        module: ``torch.cuda`` or what stands for it.
-    """
-    module = torch.get_device_module(name) if module is None else module
-    found = module.get_device_properties(name)
+def gpu_facts(name: str) -> dict[str, Any]:
+    """What torch tells of a GPU, "cuda:0": name, architecture, units, cache and memory (bytes)."""
+    found = torch.get_device_module(name).get_device_properties(name)
     fields = ("name", "major", "minor", "gcnArchName", "multi_processor_count", "warp_size",
               "L2_cache_size", "total_memory", "driver_version")  # fmt: skip
     return {field: getattr(found, field) for field in fields if hasattr(found, field)}

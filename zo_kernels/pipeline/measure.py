@@ -160,28 +160,24 @@ def _run(room: Room, case: Case, memory: Buffers) -> None:
 def _rivals(
     place: str, dtype: torch.dtype, elements: int, compile_reason: str | None
 ) -> Iterator[tuple[str, Timed, str | None]]:
-    """Name, call and the reason why there is none, of each rival on a device."""
+    """Name and call of each rival on a device, and why it cannot be timed."""
     memory = buffers(dtype, elements, place, "reference")
     memory.fill()
-    few = memory.weights[: max(1, elements // COMPILED_SHARE) if place == "cpu" else elements]
-    compiled = rivals.compiled_perturb(SCALE)
-    size = dtype.itemsize
-    calls = {
-        COPY: Timed(lambda: memory.scratch.copy_(memory.weights), elements, 2 * size, {}),
-        # Writes z; reads it and the weights, writes them.
-        MEZO: Timed(
-            lambda: rivals.mezo_perturb_([memory.weights], SCALE, SEED), elements, 4 * size, {}
-        ),
-        COMPILED: Timed(lambda: compiled(few), few.numel(), 2 * size, {}),
-    }
-    for name, entry in calls.items():
-        reason = compile_reason if name == COMPILED else None
+    weights, size = memory.weights, dtype.itemsize
+    few = weights[: elements // COMPILED_SHARE] if place == "cpu" else weights
+    compiled = rivals.compiled_perturb(SCALE) if compile_reason is None else None
+    # MeZO's loop writes z, reads it and the weights, and writes them.
+    for name, run, tensor, traffic, reason in (
+        (COPY, lambda: memory.scratch.copy_(weights), weights, 2 * size, None),
+        (MEZO, lambda: rivals.mezo_perturb_([weights], SCALE, SEED), weights, 4 * size, None),
+        (COMPILED, lambda: compiled(few), few, 2 * size, compile_reason),
+    ):
         if reason is None:
             try:
-                entry.run()
+                run()
             except Exception as error:
                 reason = rivals.reason_of(error)
-        yield name, entry, reason
+        yield name, Timed(run, tensor.numel(), traffic, {}), reason
 
 
 def speed(key: str, timed: Mapping[str, Timed], times: Mapping[str, list[float]]) -> Record:
@@ -201,12 +197,7 @@ def speed(key: str, timed: Mapping[str, Timed], times: Mapping[str, list[float]]
 
     result: Record = {
         "rounds": len(own),
-        "seconds": {
-            "median": median,
-            "quartiles": [low, high],
-            "least": min(own),
-            "most": max(own),
-        },
+        "seconds": {"median": median, "quartiles": [low, high], "range": [min(own), max(own)]},
         "elements_per_second": entry.elements / median,
         "gigabytes_per_second": entry.elements * entry.traffic / median / 1e9,
         "share_of_copy": ratio(per_byte, COPY),

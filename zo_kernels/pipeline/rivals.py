@@ -56,7 +56,7 @@ def compile_reason(
             command, env=worker_environment(), capture_output=True, text=True, timeout=seconds
         )
     except subprocess.TimeoutExpired:
-        return f"compiling took longer than {seconds:.0f} s"
+        return f"compiling took longer than {seconds:g} s"
     if done.returncode == 0:
         return None
     lines = [line for line in done.stderr.splitlines() if line.strip()]
