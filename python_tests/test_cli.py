@@ -144,8 +144,8 @@ def test_doctor(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["noise_spec"] == 1 and found["backends"]["reference"] == "ok"
     assert found["backends"]["native"] == "ok" and "scalar" in found["isas"]
-    assert run("doctor") == 0
-    assert "backends:" in capsys.readouterr().out
+    assert found["versions"]["torch"] == torch.__version__ and found["memory"] > 1 << 30
+    assert set(found["speeds"]) == {"perturb_", "MeZO loop", "copy"}
 
 
 @pytest.mark.parametrize(

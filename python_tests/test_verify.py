@@ -174,9 +174,11 @@ def test_a_backend_that_raises(uncompiled, few_cases, tmp_path, capsys, monkeypa
 
 def test_plain_doctor_sees_it_too(capsys, monkeypatch):
     """The quick look exits with 1 as well."""
+    monkeypatch.setattr(doctor, "_QUICK", ("perturb_ fp32",))
     monkeypatch.setattr(native, "combine_", flipped(native.combine_, 100))
     assert run("doctor") == 1
     shown = capsys.readouterr()
+    assert "  reference      ok" in shown.out and "M elements/s" in shown.out
     assert "native         WRONG in perturb_ fp32: wrong bits at index" in shown.out
     assert "backend native does not work" in shown.err
 
