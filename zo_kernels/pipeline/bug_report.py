@@ -44,7 +44,7 @@ def write_report(
     Args:
         path: the JSON file; replaced in one step, when everything is done.
         wanted: devices, "cpu", "interpreter", "cuda:0", ...; None: as ``rooms.devices`` has it.
-        tell: takes lines of progress.
+        tell: takes lines of progress; the devices' processes write theirs to standard error.
 
     Returns:
         The report: tool, format, started, seconds, problems (sentences, none if all is well), how
@@ -60,7 +60,7 @@ def write_report(
         started, begin = datetime.now(timezone.utc), time.monotonic()
         tell("looking at this machine")
         found = {**machine(), **_torch_facts()}
-        records = verify(names, settings, tell)
+        records = verify(names, settings)
         report = {
             "tool": "zo-kernels doctor --verify",
             "format": FORMAT,

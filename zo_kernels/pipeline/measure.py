@@ -32,8 +32,9 @@ from zo_kernels.pipeline.timing import EventTimer, Timer, interleave, median_rat
 
 Record = dict[str, Any]
 COPY, MEZO, COMPILED = "copy_", "MeZO's loop", "torch.compile"
-#: The interpreter takes a twentieth of a second for a line of the table: every fifth.
-INTERPRETED_STEP = 5
+#: The interpreter takes up to half a second for a line of the table. Every eleventh has all kinds
+#: of lines, types and roundings.
+INTERPRETED_STEP = 11
 COMPILED_SHARE = 16  # of the elements, on a CPU, where it is slow
 
 

@@ -11,8 +11,8 @@ Results are records, each a JSON object with a ``kind``:
 ``bits`` has a ``verdict``: "ok", "wrong bits" (with the first index, expected and got in
 hexadecimal) or "failed" (with the reason). ``speed`` is described at ``measure.speed``.
 
-Triton's interpreter and each GPU have a process of their own, so that a crash there leaves the
-other records: ``python -m zo_kernels.pipeline.verify DEVICE SETTINGS`` prints its records.
+Each device has a process of its own, so that a crash there leaves the records so far and those of
+the others: ``python -m zo_kernels.pipeline.verify DEVICE SETTINGS`` prints its records.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import torch
 
 from zo_kernels.pipeline import rivals
 from zo_kernels.pipeline.cases import ALIGNMENT, CASES, Reference
@@ -67,16 +66,9 @@ class Settings:
                 raise ValueError(f"cases: expected names of CASES, got {name!r}")
 
 
-def verify(names: Sequence[str], settings: Settings, tell: Tell) -> list[Record]:
-    """The records of devices, named as ``rooms.devices`` does."""
-    records: list[Record] = []
-    for name in names:
-        if name == "cpu":
-            with torch.random.fork_rng(devices=[]):  # the compiled rival draws from it
-                records += whole(name, settings, tell)
-        else:
-            records += verify_apart(name, settings)
-    return records
+def verify(names: Sequence[str], settings: Settings) -> list[Record]:
+    """The records of devices, named as ``rooms.devices`` does, in their order."""
+    return [record for name in names for record in verify_apart(name, settings)]
 
 
 def whole(device: str, settings: Settings, tell: Tell) -> Iterator[Record]:
