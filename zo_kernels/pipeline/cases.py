@@ -104,10 +104,12 @@ _F32, _BF16, _F16 = ops.DTYPES
 CASES = (
     Case("random_words", _F32, 8, lambda b: b.emit(ops.random_words), passes=0),
     Case("normal", _F32, 4, lambda b: b.emit(ops.normal), passes=0),
+    Case("rademacher", _F32, 4, lambda b: b.emit(ops.rademacher), passes=0),
     Case("perturb_ fp32", _F32, 8, lambda b: b.perturb()),
     Case("combine_ fp32, 4 directions", _F32, 8, lambda b: b.combine(b.weights, 4), passes=4),
     Case("perturb_ bf16", _BF16, 4, lambda b: b.perturb()),
     Case("perturb_ bf16 stochastic", _BF16, 4, lambda b: b.perturb(rounding="stochastic")),
+    Case("perturb_ bf16 rademacher", _BF16, 4, lambda b: b.perturb(distribution="rademacher")),
     Case("combine_ bf16 out of place", _BF16, 4, lambda b: b.combine(b.scratch)),
     Case("combine_ bf16, 4 directions", _BF16, 4, lambda b: b.combine(b.weights, 4), passes=4),
     Case("perturb_ fp16", _F16, 4, lambda b: b.perturb()),
