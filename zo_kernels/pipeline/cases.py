@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels import ops
+from zo_kernels.quantize import fake_quant
 from zo_kernels.vectors import bits, hexadecimal
 
 SEED, DIRECTION, STREAM, SCALE = 0x0123456789ABCDEF, 5, 0xDEADBEEF, 1e-3
@@ -74,6 +75,17 @@ class Buffers:
         ops.combine_([dst], [self.weights], scales, directions=numbers, **self._common(), **options)
         return dst
 
+    def fake_quant(self, scheme: str, group: int) -> Tensor:
+        """``fake_quant`` of the weights into scratch, without its look for infinities."""
+        return fake_quant(
+            self.weights.view(-1, group),
+            scheme,
+            group_size=group,
+            out=self.scratch.view(-1, group),
+            check_finite=False,
+            backend=self.backend,
+        )
+
     def _common(self) -> dict[str, Any]:
         place = {"streams": [STREAM], "offsets": [self.offset]}
         return {"seed": SEED, "backend": self.backend, **place}
@@ -90,6 +102,7 @@ class Case:
         run: makes the pass and returns what it wrote.
         passes: how many of MeZO's passes do the same; 0 if none does.
         multiple: the number of elements must be a multiple of it; it divides ALIGNMENT.
+        backends: those that have the operation.
     """
 
     name: str
@@ -98,9 +111,11 @@ class Case:
     run: Callable[[Buffers], Tensor]
     passes: int = 1
     multiple: int = 1
+    backends: tuple[str, ...] = ops.BACKENDS
 
 
 _F32, _BF16, _F16 = ops.DTYPES
+_QUANTIZED = {"passes": 0, "multiple": 128, "backends": ("reference", "triton")}
 CASES = (
     Case("random_words", _F32, 8, lambda b: b.emit(ops.random_words), passes=0),
     Case("normal", _F32, 4, lambda b: b.emit(ops.normal), passes=0),
@@ -112,6 +127,8 @@ CASES = (
     Case("perturb_ bf16 rademacher", _BF16, 4, lambda b: b.perturb(distribution="rademacher")),
     Case("combine_ bf16 out of place", _BF16, 4, lambda b: b.combine(b.scratch)),
     Case("combine_ bf16, 4 directions", _BF16, 4, lambda b: b.combine(b.weights, 4), passes=4),
+    Case("fake_quant bf16 int4, g128", _BF16, 4, lambda b: b.fake_quant("int4", 128), **_QUANTIZED),
+    Case("fake_quant bf16 nf4, g64", _BF16, 4, lambda b: b.fake_quant("nf4", 64), **_QUANTIZED),
     Case("perturb_ fp16", _F16, 4, lambda b: b.perturb()),
     Case("perturb_ fp16 stochastic", _F16, 4, lambda b: b.perturb(rounding="stochastic")),
 )
