@@ -152,6 +152,12 @@ def test_code_without_a_loop_and_without_a_store():
     straight = nvidia("LDG.E.128 R4, [R2.64]\nFADD R4, R4, R4\nSTG.E.128 [R2.64], R4\nEXIT")
     assert (straight.region, straight.instructions) == ("kernel", 4 / 8)
     assert "no loop" in inspection._pipes(straight)
+    split = nvidia(
+        "LDG.E.128 R4, [R2.64]\nLDG.E.128 R4, [R2.64]\n@P0 EXIT\nSTG.E.128 [R2.64], R4\nEXIT"
+    )
+    assert split.elements == 8 and split.instructions == 5 / 8
+    endless = nvidia(".L_x_1:\nSTG.E.128 [R2.64], R4\nBRA `(.L_x_1)")
+    assert (endless.region, endless.instructions) == ("loop", 2 / 8)
     empty = nvidia("MOV R1, RZ\nEXIT")
     assert (empty.region, empty.instructions, empty.narrow) == (None, None, 4)
     assert "combine bf16 on sm_90: no count of instructions per element, budget 36" in (
@@ -281,7 +287,12 @@ def test_amd_approximations_are_found(opcode):
 
 
 def test_amd_contraction_and_missing_metadata():
+    """A multiplication by one of mixed types is an addition."""
     assert gcn.code(AMD, "").contracted == 3
+    for operand, fma in (("1.0", 3), ("v3", 4)):
+        mixed = f"v_fma_mix_f32 v1, v2, {operand}, v4 op_sel_hi:[1,1,0]"
+        code = gcn.code(AMD.replace("s_nop 1", mixed), LLIR)
+        assert (code.machine_fma, code.machine_adds) == (fma, 4 - fma)
     with pytest.raises(ValueError, match=r"expected \.vgpr_count"):
         gcn.code(AMD.replace(".vgpr_count", ".other"), LLIR)
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import networkx as nx
 
+ENTRY = -1
+
 
 @dataclass(frozen=True)
 class Access:
@@ -110,7 +112,8 @@ class HotPath:
 
 
 def control_flow(instructions: Sequence[Instruction], labels: Mapping[str, int]) -> nx.DiGraph:
-    """The basic blocks that can be reached, named by first instruction; attribute ``code``."""
+    """The basic blocks that can be reached, named by first instruction, after an empty one that no
+    loop contains (ENTRY); attribute ``code``."""
     starts = {0}
     for index, instruction in enumerate(instructions):
         if instruction.target is not None:
@@ -119,6 +122,8 @@ def control_flow(instructions: Sequence[Instruction], labels: Mapping[str, int])
             starts.add(index + 1)
     order = sorted(start for start in starts if start < len(instructions))
     graph = nx.DiGraph()
+    graph.add_node(ENTRY, code=[])
+    graph.add_edge(ENTRY, 0)
     for start, end in zip(order, [*order[1:], len(instructions)], strict=True):
         graph.add_node(start, code=list(instructions[start:end]))
         last = instructions[end - 1]
@@ -126,16 +131,16 @@ def control_flow(instructions: Sequence[Instruction], labels: Mapping[str, int])
             graph.add_edge(start, labels[last.target])
         if last.falls and end < len(instructions):
             graph.add_edge(start, end)
-    return graph.subgraph(nx.descendants(graph, 0) | {0}).copy()
+    return graph.subgraph(nx.descendants(graph, ENTRY) | {ENTRY}).copy()
 
 
 def natural_loops(graph: nx.DiGraph) -> dict[int, set[int]]:
     """Header -> blocks of every natural loop; loops that share a header are one."""
-    parents = nx.immediate_dominators(graph, 0)
+    parents = nx.immediate_dominators(graph, ENTRY)
     loops: dict[int, set[int]] = {}
     for tail, header in graph.edges:
-        block: int | None = tail
-        while block not in (header, 0, None):
+        block = tail
+        while block not in (header, ENTRY):
             block = parents[block]
         if block != header:
             continue
@@ -205,9 +210,8 @@ def hot_path(instructions: Sequence[Instruction], labels: Mapping[str, int]) -> 
     graph = control_flow(instructions, labels)
     loops = natural_loops(graph)
     regions = [_Region(graph, header, blocks, loops) for header, blocks in loops.items()]
-    whole = _Region(graph, 0, set(graph), loops) if 0 not in loops else None
-    regions += [whole] if whole else []
-    widest = max((region.widest(store=True) for region in regions), default=0)
+    regions.append(_Region(graph, ENTRY, set(graph), loops))
+    widest = max(region.widest(store=True) for region in regions)
     if not widest:
         return None
     candidates = [r for r in regions if r.widest(store=True) == widest]
@@ -227,8 +231,10 @@ def _path(region: _Region, graph: nx.DiGraph, loops: dict) -> HotPath:
         inside[header] = loop.instructions(path)
 
     def wide_bytes(block: int) -> int:
+        """Bytes in the widest accesses; a path that stores outweighs one that loads."""
         accesses = [i.access for i in region.code[block] if i.access]
-        return sum(a.width for a in accesses if a.width == widths[a.store])
+        wide = [access for access in accesses if access.width == widths[access.store]]
+        return sum(access.width << (32 if access.store else 0) for access in wide)
 
     shortest = region.path(lambda block: (wide_bytes(block), -len(region.code[block])))
     longest = region.path(lambda block: (wide_bytes(block), len(inside.get(block, ()))))

@@ -29,9 +29,9 @@ _OPCODE = re.compile(r"^\s+([vs]_\w+|(?:global|buffer|flat|scratch|ds)_\w+)(.*)"
 _LABEL = re.compile(r"^([.\w$]+):")
 # v_mac and v_mad round twice and flush subnormals; v_rcp_iflag serves integer division.
 _APPROXIMATE = re.compile(r"v_(exp|log|sin|cos|rcp|rsq|sqrt)_|v_(mac|mad)(_legacy|_mix)?_f")
-_FMA = re.compile(r"v_(?:dual_)?(pk_)?fma(?:c|ak|mk)?_f32|v_fma_mix(?:lo|hi)?_f")
+_FMA = re.compile(r"v_(?:dual_)?(pk_)?fma(?:c|ak|mk)?_f32|v_fma_mix(?:lo|hi)?_f\d+$")
 
-_ADD = re.compile(r"v_(?:dual_)?(pk_)?(?:add|sub|subrev)_f32")
+_ADD = re.compile(r"v_(?:dual_)?(pk_)?(?:add|sub|subrev)_f32|v_fma_mix\w+ 1\.0")
 _LLVM_FMA = re.compile(r"call [^\n]*@llvm\.fma(?:uladd)?\.(?:v(\d+))?f32")
 _LLVM_ADD = re.compile(r"= f(?:add|sub) (?:\w+ )*(?:float|<\d+ x float>) ")
 
@@ -64,6 +64,8 @@ def _instruction(opcode: str, operands: str) -> Instruction:
         target, falls = operands, opcode != "s_branch"
     elif opcode.startswith(("s_endpgm", "s_setpc")):
         falls = False
+    elif opcode.startswith("v_fma_mix") and re.search(r",\s*1\.0,", operands):
+        opcodes = (f"{opcode} 1.0",)  # an addition of mixed types
     elif match := _GLOBAL.match(opcode):
         access = Access(match[1] == "store", _WIDTHS.get(match[2], 4))
     return Instruction(opcodes, pipe(opcode), target, falls, access)
