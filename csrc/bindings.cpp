@@ -26,20 +26,28 @@ __attribute__((noinline)) std::vector<float> as_floats(const std::vector<double>
   return std::vector<float>(values.begin(), values.end());
 }
 
+const zo::Distribution& distribution_of(const std::string& isa, int distribution) {
+  if (distribution < 0 || distribution >= zo::DISTRIBUTIONS)
+    throw std::invalid_argument("unknown distribution code");
+  return zo::kernels_named(isa).of[distribution];
+}
+
 void combine(const std::string& isa, const std::vector<uint64_t>& dst,
              const std::vector<uint64_t>& src, const std::vector<uint64_t>& numel,
              const std::vector<uint64_t>& offset, const std::vector<uint32_t>& stream,
              const std::vector<uint32_t>& direction, const std::vector<double>& scale,
              double src_scale, uint64_t seed, int src_dtype, int dst_dtype, bool stochastic,
-             int threads) {
+             int distribution, const std::vector<uint64_t>& changes, int threads) {
   const size_t tensors = dst.size();
   if (src.size() != tensors || numel.size() != tensors || offset.size() != tensors ||
-      stream.size() != tensors || scale.size() != tensors * direction.size())
+      stream.size() != tensors || scale.size() != tensors * direction.size() ||
+      (!changes.empty() && changes.size() != tensors))
     throw std::invalid_argument("combine: lists of different lengths");
+  if (direction.empty()) throw std::invalid_argument("combine: no directions");
   if (src_dtype < 0 || src_dtype >= zo::DTYPES || dst_dtype < 0 || dst_dtype >= zo::DTYPES)
     throw std::invalid_argument("combine: unknown dtype code");
   const zo::Kernel kernel =
-      zo::kernels_named(isa).combine[src_dtype].at[dst_dtype][stochastic ? 1 : 0];
+      distribution_of(isa, distribution).combine[src_dtype].at[dst_dtype][stochastic ? 1 : 0];
   const std::vector<float> factors = as_floats(scale);
   const float src_factor = as_floats({src_scale})[0];
   std::vector<Task> tasks;
@@ -54,7 +62,8 @@ void combine(const std::string& isa, const std::vector<uint64_t>& dst,
                      static_cast<int>(direction.size()),
                      direction.data(),
                      factors.data() + t * direction.size(),
-                     src_factor};
+                     src_factor,
+                     changes.empty() ? nullptr : reinterpret_cast<double*>(changes[t])};
     tasks.push_back({kernel, job, zo::itemsize(src_dtype), zo::itemsize(dst_dtype)});
   }
   const py::gil_scoped_release release;
@@ -67,7 +76,8 @@ void emit(zo::Kernel kernel, uint64_t dst, uint64_t count, uint64_t offset, uint
                    offset,  offset + count,
                    seed,    stream,
                    1,       &direction,
-                   nullptr, 1.0f};
+                   nullptr, 1.0f,
+                   nullptr};
   const py::gil_scoped_release release;
   zo::run({{kernel, job, 0, 4}}, threads);
 }
@@ -84,22 +94,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("combine", &combine, py::arg("isa"), py::arg("dst"), py::arg("src"), py::arg("numel"),
         py::arg("offset"), py::arg("stream"), py::arg("direction"), py::arg("scale"),
         py::arg("src_scale"), py::arg("seed"), py::arg("src_dtype"), py::arg("dst_dtype"),
-        py::arg("stochastic"), py::arg("threads"));
-  m.def(
-      "normal",
-      [](const std::string& isa, uint64_t dst, uint64_t count, uint64_t offset, uint64_t seed,
-         uint32_t direction, uint32_t stream, int threads) {
-        emit(zo::kernels_named(isa).normal, dst, count, offset, seed, direction, stream, threads);
-      },
-      py::arg("isa"), py::arg("dst"), py::arg("count"), py::arg("offset"), py::arg("seed"),
-      py::arg("direction"), py::arg("stream"), py::arg("threads"));
-  m.def(
-      "random_words",
-      [](const std::string& isa, uint64_t dst, uint64_t count, uint64_t offset, uint64_t seed,
-         uint32_t direction, uint32_t stream, int threads) {
-        emit(zo::kernels_named(isa).random_words, dst, count, offset, seed, direction, stream,
-             threads);
-      },
-      py::arg("isa"), py::arg("dst"), py::arg("count"), py::arg("offset"), py::arg("seed"),
-      py::arg("direction"), py::arg("stream"), py::arg("threads"));
+        py::arg("stochastic"), py::arg("distribution"), py::arg("changes"), py::arg("threads"));
+  const auto def_emitter = [&m](const char* name, auto kernel_of) {
+    m.def(
+        name,
+        [kernel_of](const std::string& isa, uint64_t dst, uint64_t count, uint64_t offset,
+                    uint64_t seed, uint32_t direction, uint32_t stream, int threads) {
+          emit(kernel_of(isa), dst, count, offset, seed, direction, stream, threads);
+        },
+        py::arg("isa"), py::arg("dst"), py::arg("count"), py::arg("offset"), py::arg("seed"),
+        py::arg("direction"), py::arg("stream"), py::arg("threads"));
+  };
+  def_emitter("normal", [](const auto& isa) { return distribution_of(isa, zo::NORMAL).emit; });
+  def_emitter("rademacher",
+              [](const auto& isa) { return distribution_of(isa, zo::RADEMACHER).emit; });
+  def_emitter("random_words", [](const auto& isa) { return zo::kernels_named(isa).random_words; });
 }

@@ -9,6 +9,8 @@ namespace zo {
 
 enum DType : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 constexpr int DTYPES = 3;
+enum Distributions : int { NORMAL = 0, RADEMACHER = 1 };
+constexpr int DISTRIBUTIONS = 2;
 inline int itemsize(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 // One contiguous range of one tensor. src and dst point at element `begin` of the full parameter.
@@ -22,6 +24,7 @@ struct Job {
   const uint32_t* direction;
   const float* scale;
   float src_scale;
+  double* changes;  // null, or where the range's three change statistics go (changes.h)
 };
 
 using Kernel = void (*)(const Job&);
@@ -30,10 +33,14 @@ struct CombineRow {
   Kernel at[DTYPES][2];  // [dst dtype][stochastic]
 };
 
+struct Distribution {
+  CombineRow combine[DTYPES];  // [src dtype]
+  Kernel emit;                 // float32 z of one direction
+};
+
 struct Kernels {
   const char* isa;
-  CombineRow combine[DTYPES];  // [src dtype]
-  Kernel normal;
+  Distribution of[DISTRIBUTIONS];
   Kernel random_words;
 };
 

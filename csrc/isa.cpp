@@ -23,8 +23,7 @@ namespace zo {
 extern const Kernels ZO_JOIN(kernels_, ZO_ISA);
 const Kernels ZO_JOIN(kernels_, ZO_ISA) = {
     ZO_STRING(ZO_ISA),
-    {combine_row<F32>(), combine_row<BF16>(), combine_row<F16>()},
-    normal,
+    {distribution<Normal>(), distribution<Rademacher>()},
     random_words,
 };
 

@@ -8,10 +8,26 @@
 // add, mul and fma in the order written here, so that every instruction set gives the same bits.
 // Compile with -ffp-contract=off: a contracted mul+add changes them.
 //
+// Rademacher directions (rademacher.h) have signs z = +1 or -1 at the same addresses, 128 to a
+// Philox call:
+//
+//   s = index / 4096;  g = index % 4096 / 256;  l = index % 256 / 8;  e = index % 8
+//   counter = (b lo, b hi | 2^31, stream, direction) with b = 32 s + l
+//   z = 1 - 2 * (bit e of byte g of the four words, byte 0 the lowest of w0)
+//
+// so a machine that computes 32 neighbouring calls at once finds the signs of 8 contiguous elements
+// in one byte of one of them. The top bit of the second word keeps these calls apart from those of
+// normals. Rounding bits are those of the normals at the same address, whatever the distribution.
+//
 // A SIMD wrapper (simd_*.h) must be included first: VF, VI, Wide, W and their operations.
 #pragma once
 
 #include <cstdint>
+
+// In the inner loops: called out of line, these pass their vectors through memory.
+#define ZO_INLINE inline __attribute__((always_inline))
+// A condition that does not hold where speed counts; its code goes out of the way.
+#define ZO_RARELY(condition) __builtin_expect(condition, 0)
 
 namespace {
 
@@ -102,7 +118,7 @@ inline void philox(uint32_t base, const Prologue& p, const Keys& keys, VI words[
 //   r  = sqrt(2 ln 2 * 2^-23 * y), from an integer seed of 1/sqrt(y) and a cubic
 //   t  = centred half turn from bits 8..30 of b, bit 31 of b is the sign of the cosine
 template <int N>
-inline void box_muller(const VI* a, const VI* b, VF* cosine, VF* sine) {
+ZO_INLINE void box_muller(const VI* a, const VI* b, VF* cosine, VF* sine) {
 #define EACH for (int k = 0; k < N; ++k)
   VF h[N], q[N], d[N], p[N], y[N], g[N], w[N], t[N], x[N], s[N], c[N];
   VI u[N];
@@ -137,6 +153,13 @@ inline void box_muller(const VI* a, const VI* b, VF* cosine, VF* sine) {
   EACH cosine[k] = mul(y[k], c[k]);
   EACH sine[k] = mul(y[k], s[k]);
 #undef EACH
+}
+
+// From one vector per word to element order, in place.
+inline void transpose_bits(VI n[4]) {
+  VF f[4] = {from_bits(n[0]), from_bits(n[1]), from_bits(n[2]), from_bits(n[3])};
+  transpose(f);
+  for (int k = 0; k < 4; ++k) n[k] = bits(f[k]);
 }
 
 // 16 rounding bits for each element of a pair, from the low bytes that the normals leave unused.

@@ -10,96 +10,72 @@
 #include <cstdint>
 #include <cstring>
 
+#include "changes.h"
+#include "directions.h"
 #include "dispatch.h"
 #include "noise.h"
 
 namespace {
 
-using zo::Job;
-
-#ifndef ZO_UNROLL
-#define ZO_UNROLL 2
-#endif
-constexpr int UNROLL = ZO_UNROLL;
-constexpr int STRIDE = 4 * W * UNROLL;  // elements per pass of the inner loop
-
+// The types in memory. Stores take two vectors at a time: some processors pack 16-bit halves of two
+// registers as fast as of one.
 struct F32 {
   using storage = float;
   static VF load(const float* p) { return load_f32(p); }
-  static void store(float* p, VF v) { store_f32(p, v); }
-  static void store_stochastic(float* p, VF v, VI) { store_f32(p, v); }
+  static void store(float* p, const VF v[2]) {
+    store_f32(p, v[0]);
+    store_f32(p + W, v[1]);
+  }
+  static void store_stochastic(float* p, const VF v[2], const VI*) { store(p, v); }
 };
 
 struct BF16 {
   using storage = uint16_t;
   static VF load(const uint16_t* p) { return from_bits(sll<16>(load_u16(p))); }
-  static void store(uint16_t* p, VF v) {  // to nearest, ties to even
-#if defined(ZO_BF16_HARDWARE)
-    if (store_bf16_hardware(p, v)) return;
-#endif
+  static VI nearest(VF v) {  // ties to even
     const VI x = bits(v);
     const VI rounded = add(x, add(and_(srl<16>(x), splat(1u)), splat(0x7FFFu)));
-    store_u16(p, srl<16>(select_nan(v, splat(0x7FC00000u), rounded)));
+    return srl<16>(select_nan(v, splat(0x7FC00000u), rounded));
   }
-  static void store_stochastic(uint16_t* p, VF v, VI random) {
-    store_u16(p, srl<16>(select_nan(v, splat(0x7FC00000u), add(bits(v), random))));
+  static VI stochastic(VF v, VI random) {
+    return srl<16>(select_nan(v, splat(0x7FC00000u), add(bits(v), random)));
+  }
+  static void store(uint16_t* p, const VF v[2]) {
+#if defined(ZO_BF16_HARDWARE)
+    if (store_bf16_hardware(p, v[0], v[1])) return;
+#endif
+    store_u16(p, nearest(v[0]), nearest(v[1]));
+  }
+  static void store_stochastic(uint16_t* p, const VF v[2], const VI random[2]) {
+    store_u16(p, stochastic(v[0], random[0]), stochastic(v[1], random[1]));
   }
 };
 
 struct F16 {
   using storage = uint16_t;
   static VF load(const uint16_t* p) { return load_f16(p); }
-  static void store(uint16_t* p, VF v) { store_f16(p, v); }
   // The top 13 rounding bits decide over the 13 bits that binary16 drops; below its normal range
   // (2^-14), where more bits are dropped, to nearest.
-  static void store_stochastic(uint16_t* p, VF v, VI random) {
+  static VF stochastic(VF v, VI random) {
     const VI x = bits(v);
     const VI dithered = and_(add(x, srl<3>(random)), splat(0xFFFFE000u));
     const VI magnitude = and_(x, splat(0x7FFFFFFFu));
     const VI chosen = select_less(magnitude, splat(0x38800000u), x, dithered);
-    store_f16(p, from_bits(select_nan(v, x, chosen)));
+    return from_bits(select_nan(v, x, chosen));
+  }
+  static void store(uint16_t* p, const VF v[2]) {
+    store_f16(p, v[0]);
+    store_f16(p + W, v[1]);
+  }
+  static void store_stochastic(uint16_t* p, const VF v[2], const VI random[2]) {
+    store_f16(p, stochastic(v[0], random[0]));
+    store_f16(p + W, stochastic(v[1], random[1]));
   }
 };
 
-inline void transpose_bits(VI n[4]) {
-  VF f[4] = {from_bits(n[0]), from_bits(n[1]), from_bits(n[2]), from_bits(n[3])};
-  transpose(f);
-  for (int k = 0; k < 4; ++k) n[k] = bits(f[k]);
-}
-
-// Normals (and, if wanted, rounding bits) of UNROLL * W blocks from `block` on, in element order.
-template <bool WITH_BITS>
-inline void draw(uint32_t block, const Prologue& prologue, const Keys& keys, VF* z, VI* random) {
-  VI a[2 * UNROLL], b[2 * UNROLL];
-  for (int j = 0; j < UNROLL; ++j) {
-    VI words[4];
-    philox(block + static_cast<uint32_t>(j * W), prologue, keys, words);
-    a[2 * j] = words[0];
-    b[2 * j] = words[1];
-    a[2 * j + 1] = words[2];
-    b[2 * j + 1] = words[3];
-  }
-  VF cosine[2 * UNROLL], sine[2 * UNROLL];
-  box_muller<2 * UNROLL>(a, b, cosine, sine);
-  for (int j = 0; j < UNROLL; ++j) {
-    z[4 * j] = cosine[2 * j];
-    z[4 * j + 1] = sine[2 * j];
-    z[4 * j + 2] = cosine[2 * j + 1];
-    z[4 * j + 3] = sine[2 * j + 1];
-    transpose(z + 4 * j);
-    if (WITH_BITS) {
-      rounding_bits(a[2 * j], b[2 * j], random[4 * j], random[4 * j + 1]);
-      rounding_bits(a[2 * j + 1], b[2 * j + 1], random[4 * j + 2], random[4 * j + 3]);
-      transpose_bits(random + 4 * j);
-    }
-  }
-}
-
 // Walks [job.begin, job.end), element indices of the full parameter, in passes of STRIDE aligned
 // in that index; ragged ends go through a buffer, so no kernel reads or writes outside the range.
-// A job never crosses a multiple of 2^34 elements (perturb.cpp cuts there), so the high counter
-// word is constant within it.
-template <class Body>
+template <int STRIDE, class Body>
 inline void walk(const Job& job, const Body& body) {
   const uint64_t first = job.begin / STRIDE * STRIDE;
   for (uint64_t at = first; at < job.end; at += STRIDE) {
@@ -109,74 +85,126 @@ inline void walk(const Job& job, const Body& body) {
   }
 }
 
-template <class Src, class Dst, bool STOCHASTIC>
+// Zeros outside of [skip, skip + count) of a pass.
+template <class T, size_t STRIDE>
+inline void clear_outside(T (&values)[STRIDE], size_t skip, size_t count) {
+  std::memset(values, 0, skip * sizeof(T));
+  std::memset(values + skip + count, 0, (STRIDE - skip - count) * sizeof(T));
+}
+
+template <class Src, int VECTORS>
+inline void load_scaled(VF src_scale, const typename Src::storage* src, VF (&acc)[VECTORS]) {
+  for (int j = 0; j < VECTORS; ++j) acc[j] = mul(src_scale, Src::load(src + j * W));
+}
+
+template <int VECTORS>
+inline void add_scaled(VF scale, const VF (&z)[VECTORS], VF (&acc)[VECTORS]) {
+  for (int j = 0; j < VECTORS; ++j) acc[j] = fma(scale, z[j], acc[j]);
+}
+
+// One pass before rounding, of several directions. Out of line, for most jobs have one.
+template <class Src, class Directions, bool BITS>
+__attribute__((noinline)) void accumulate(const Job& job, Directions& directions,
+                                          const typename Src::storage* src, VF* out, VI* random) {
+  constexpr int VECTORS = Directions::VECTORS, STEP = W * VECTORS;
+  const int last = job.directions - 1;
+  for (int k = 0; k <= last; ++k) {
+    directions.choose(k);
+    for (size_t from = 0; from < Directions::STRIDE; from += STEP) {
+      VF acc[VECTORS], z[VECTORS], *kept = out + from / W;
+      directions.template draw<BITS>(k == last, from, z, random + from / W);
+      if (k == 0)
+        load_scaled<Src>(splat(job.src_scale), src + from, acc);
+      else
+        for (int j = 0; j < VECTORS; ++j) acc[j] = kept[j];
+      add_scaled(splat(job.scale[k]), z, acc);
+      for (int j = 0; j < VECTORS; ++j) kept[j] = acc[j];
+    }
+  }
+}
+
+template <class Src, class Dst, class Directions, bool STOCHASTIC>
 void combine(const Job& job) {
   using SrcT = typename Src::storage;
   using DstT = typename Dst::storage;
-  const Keys keys = make_keys(job.seed);
-  const uint32_t block_hi = static_cast<uint32_t>((job.begin / 4) >> 32);
-  constexpr int MAX_PROLOGUES = 16;  // more directions than this recompute theirs in each pass
-  Prologue prologues[MAX_PROLOGUES];
-  const int prepared = job.directions < MAX_PROLOGUES ? job.directions : MAX_PROLOGUES;
-  for (int k = 0; k < prepared; ++k)
-    prologues[k] = make_prologue(keys, block_hi, job.stream, job.direction[k]);
-  const VF src_scale = splat(job.src_scale);
-  const int last = job.directions - 1;
+  constexpr int VECTORS = Directions::VECTORS, STRIDE = Directions::STRIDE;
+  Directions directions(job);
+  const bool several = job.directions > 1;
+  const VF src_scale = splat(job.src_scale), scale = splat(job.scale[0]);
+  const bool measured = job.changes != nullptr;
+  VF accumulators[STRIDE / W];
+  VI randoms[STRIDE / W];
+  float before_rounding[STRIDE];
+  double totals[3] = {};
 
   const auto pass = [&](const SrcT* src, DstT* dst, uint64_t at) {
-    VF acc[4 * UNROLL], z[4 * UNROLL];
-    VI random[4 * UNROLL];
-    const uint32_t block = static_cast<uint32_t>(at / 4);
-    for (int j = 0; j < 4 * UNROLL; ++j) {
-      acc[j] = mul(src_scale, Src::load(src + j * W));
-      random[j] = splat(0u);
-    }
-    for (int k = 0; k <= last; ++k) {
-      Prologue spare;
-      if (k >= MAX_PROLOGUES) spare = make_prologue(keys, block_hi, job.stream, job.direction[k]);
-      const Prologue& prologue = k < MAX_PROLOGUES ? prologues[k] : spare;
-      if (STOCHASTIC && k == last)
-        draw<true>(block, prologue, keys, z, random);
-      else
-        draw<false>(block, prologue, keys, z, random);
-      const VF scale = splat(job.scale[k]);
-      for (int j = 0; j < 4 * UNROLL; ++j) acc[j] = fma(scale, z[j], acc[j]);
-    }
-    for (int j = 0; j < 4 * UNROLL; ++j) {
-      if (STOCHASTIC)
-        Dst::store_stochastic(dst + j * W, acc[j], random[j]);
-      else
-        Dst::store(dst + j * W, acc[j]);
+    directions.go_to(at);
+    if (ZO_RARELY(several))
+      accumulate<Src, Directions, STOCHASTIC>(job, directions, src, accumulators, randoms);
+    for (size_t from = 0; from < STRIDE; from += W * VECTORS) {
+      VF acc[VECTORS], z[VECTORS];
+      VI random[VECTORS];
+      if (ZO_RARELY(several)) {
+        for (int j = 0; j < VECTORS; ++j) {
+          acc[j] = accumulators[from / W + j];
+          if (STOCHASTIC) random[j] = randoms[from / W + j];
+        }
+      } else {
+        directions.template draw<STOCHASTIC>(true, from, z, random);
+        load_scaled<Src>(src_scale, src + from, acc);
+        add_scaled(scale, z, acc);
+      }
+      for (int j = 0; j < VECTORS; j += 2) {
+        if (STOCHASTIC)
+          Dst::store_stochastic(dst + from + j * W, acc + j, random + j);
+        else
+          Dst::store(dst + from + j * W, acc + j);
+      }
+      if (ZO_RARELY(measured))
+        for (int j = 0; j < VECTORS; ++j) store_f32(before_rounding + from + j * W, acc[j]);
     }
   };
   const SrcT* src = static_cast<const SrcT*>(job.src);
   DstT* dst = static_cast<DstT*>(job.dst);
-  walk(job, [&](uint64_t at, size_t skip, size_t count) {
-    if (count == STRIDE) {
-      pass(src, dst, at);
-    } else {
-      SrcT in[STRIDE] = {};
-      DstT out[STRIDE];
+  walk<STRIDE>(job, [&](uint64_t at, size_t skip, size_t count) {
+    SrcT in[STRIDE];
+    DstT out[STRIDE];
+    const bool ragged = count != STRIDE;
+    if (ragged) {
+      std::memset(in, 0, sizeof(in));
       std::memcpy(in + skip, src, count * sizeof(SrcT));
-      pass(in, out, at);
-      std::memcpy(dst, out + skip, count * sizeof(DstT));
+    } else if (ZO_RARELY(measured)) {
+      std::memcpy(in, src, sizeof(in));  // the old values
+    }
+    pass(ragged ? in : src, ragged ? out : dst, at);
+    if (ragged) std::memcpy(dst, out + skip, count * sizeof(DstT));
+    if (ZO_RARELY(measured)) {
+      if (ragged) {
+        clear_outside(out, skip, count);
+        clear_outside(before_rounding, skip, count);
+      }
+      add_changes<Src, Dst>(in, ragged ? out : dst, before_rounding, STRIDE, totals);
     }
     src += count;
     dst += count;
   });
+  if (measured) std::memcpy(job.changes, totals, sizeof(totals));
 }
 
-// float32 normals of the range, for looking at and testing.
-void normal(const Job& job) {
-  const Keys keys = make_keys(job.seed);
-  const Prologue prologue = make_prologue(keys, static_cast<uint32_t>((job.begin / 4) >> 32),
-                                          job.stream, job.direction[0]);
+// float32 z of the range, for looking at and testing.
+template <class Directions>
+void emit(const Job& job) {
+  constexpr int VECTORS = Directions::VECTORS, STRIDE = Directions::STRIDE;
+  Directions directions(job);
   float* dst = static_cast<float*>(job.dst);
-  walk(job, [&](uint64_t at, size_t skip, size_t count) {
-    VF z[4 * UNROLL];
+  walk<STRIDE>(job, [&](uint64_t at, size_t skip, size_t count) {
     float out[STRIDE];
-    draw<false>(static_cast<uint32_t>(at / 4), prologue, keys, z, nullptr);
-    for (int j = 0; j < 4 * UNROLL; ++j) store_f32(out + j * W, z[j]);
+    directions.go_to(at);
+    for (size_t from = 0; from < STRIDE; from += W * VECTORS) {
+      VF z[VECTORS];
+      directions.template draw<false>(false, from, z, nullptr);
+      for (int j = 0; j < VECTORS; ++j) store_f32(out + from + j * W, z[j]);
+    }
     std::memcpy(dst, out + skip, count * sizeof(float));
     dst += count;
   });
@@ -184,28 +212,34 @@ void normal(const Job& job) {
 
 // Philox words of the range, word index % 4 of block index / 4, as uint32.
 void random_words(const Job& job) {
+  constexpr int STRIDE = 4 * W;
   const Keys keys = make_keys(job.seed);
   const Prologue prologue = make_prologue(keys, static_cast<uint32_t>((job.begin / 4) >> 32),
                                           job.stream, job.direction[0]);
   uint32_t* dst = static_cast<uint32_t*>(job.dst);
-  walk(job, [&](uint64_t at, size_t skip, size_t count) {
+  walk<STRIDE>(job, [&](uint64_t at, size_t skip, size_t count) {
     uint32_t out[STRIDE];
-    for (int j = 0; j < UNROLL; ++j) {
-      VI words[4];
-      philox(static_cast<uint32_t>(at / 4) + static_cast<uint32_t>(j * W), prologue, keys, words);
-      transpose_bits(words);
-      for (int k = 0; k < 4; ++k) store_u32(out + (4 * j + k) * W, words[k]);
-    }
+    VI words[4];
+    philox(static_cast<uint32_t>(at / 4), prologue, keys, words);
+    transpose_bits(words);
+    for (int k = 0; k < 4; ++k) store_u32(out + k * W, words[k]);
     std::memcpy(dst, out + skip, count * sizeof(uint32_t));
     dst += count;
   });
 }
 
-template <class Src>
+template <class Src, class Directions>
 constexpr zo::CombineRow combine_row() {
-  return {{{combine<Src, F32, false>, combine<Src, F32, false>},
-           {combine<Src, BF16, false>, combine<Src, BF16, true>},
-           {combine<Src, F16, false>, combine<Src, F16, true>}}};
+  return {{{combine<Src, F32, Directions, false>, combine<Src, F32, Directions, false>},
+           {combine<Src, BF16, Directions, false>, combine<Src, BF16, Directions, true>},
+           {combine<Src, F16, Directions, false>, combine<Src, F16, Directions, true>}}};
+}
+
+template <class Directions>
+constexpr zo::Distribution distribution() {
+  return {{combine_row<F32, Directions>(), combine_row<BF16, Directions>(),
+           combine_row<F16, Directions>()},
+          emit<Directions>};
 }
 
 }  // namespace

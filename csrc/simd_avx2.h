@@ -36,6 +36,9 @@ template <int N>
 inline VI srl(VI a) {
   return _mm256_srli_epi32(a, N);
 }
+inline VI sll_each(VI a, VI n) { return _mm256_sllv_epi32(a, n); }
+inline VI lanes_mod_8() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+inline VI load_words_of_8(const uint32_t* p) { return splat(*p); }
 inline VF to_float(VI a) { return _mm256_cvtepi32_ps(a); }
 inline VI bits(VF a) { return _mm256_castps_si256(a); }
 inline VF from_bits(VI a) { return _mm256_castsi256_ps(a); }
@@ -92,10 +95,9 @@ inline void store_f32(float* p, VF v) { _mm256_storeu_ps(p, v); }
 inline VI load_u16(const uint16_t* p) {
   return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline void store_u16(uint16_t* p, VI v) {  // lanes hold values below 2^16
-  const __m256i packed = _mm256_packus_epi32(v, v);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+inline void store_u16(uint16_t* p, VI a, VI b) {
+  const __m256i packed = _mm256_packus_epi32(a, b);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xD8));
 }
 inline VF load_f16(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

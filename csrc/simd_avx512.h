@@ -34,6 +34,13 @@ template <int N>
 inline VI srl(VI a) {
   return _mm512_srli_epi32(a, N);
 }
+inline VI sll_each(VI a, VI n) { return _mm512_sllv_epi32(a, n); }
+inline VI lanes_mod_8() {
+  return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+inline VI load_words_of_8(const uint32_t* p) {
+  return _mm512_mask_set1_epi32(splat(p[0]), 0xFF00, static_cast<int>(p[4]));
+}
 inline VF to_float(VI a) { return _mm512_cvtepi32_ps(a); }
 inline VI bits(VF a) { return _mm512_castps_si512(a); }
 inline VF from_bits(VI a) { return _mm512_castsi512_ps(a); }
@@ -94,8 +101,9 @@ inline void store_f32(float* p, VF v) { _mm512_storeu_ps(p, v); }
 inline VI load_u16(const uint16_t* p) {
   return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-inline void store_u16(uint16_t* p, VI v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
+inline void store_u16(uint16_t* p, VI a, VI b) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + W), _mm512_cvtepi32_epi16(b));
 }
 inline VF load_f16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -107,10 +115,13 @@ inline void store_f16(uint16_t* p, VF v) {
 inline void store_u32(uint32_t* p, VI v) { _mm512_storeu_si512(p, v); }
 
 #if defined(ZO_BF16_HARDWARE)
-// vcvtneps2bf16 flushes subnormals to zero; such vectors take the integer path instead.
-inline bool store_bf16_hardware(uint16_t* p, VF v) {
-  if (_mm512_test_epi32_mask(bits(v), splat(0x7F800000u)) != 0xFFFF) return false;
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+// vcvtne2ps2bf16 flushes subnormals to zero; such vectors take the integer path instead.
+inline bool store_bf16_hardware(uint16_t* p, VF a, VF b) {
+  const __m512i exponent = splat(0x7F800000u);
+  if ((_mm512_test_epi32_mask(bits(a), exponent) & _mm512_test_epi32_mask(bits(b), exponent)) !=
+      0xFFFF)
+    return false;
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a));  // the second argument comes first
   return true;
 }
 #endif

@@ -33,6 +33,12 @@ template <int N>
 inline VI srl(VI a) {
   return vshrq_n_u32(a, N);
 }
+inline VI sll_each(VI a, VI n) { return vshlq_u32(a, vreinterpretq_s32_u32(n)); }
+inline VI lanes_mod_8() {
+  const uint32_t numbers[4] = {0, 1, 2, 3};
+  return vld1q_u32(numbers);
+}
+inline VI load_words_of_8(const uint32_t* p) { return vdupq_n_u32(*p); }
 inline VF to_float(VI a) { return vcvtq_f32_s32(vreinterpretq_s32_u32(a)); }
 inline VI bits(VF a) { return vreinterpretq_u32_f32(a); }
 inline VF from_bits(VI a) { return vreinterpretq_f32_u32(a); }
@@ -82,7 +88,10 @@ inline void transpose(VF n[4]) {
 inline VF load_f32(const float* p) { return vld1q_f32(p); }
 inline void store_f32(float* p, VF v) { vst1q_f32(p, v); }
 inline VI load_u16(const uint16_t* p) { return vmovl_u16(vld1_u16(p)); }
-inline void store_u16(uint16_t* p, VI v) { vst1_u16(p, vmovn_u32(v)); }
+inline void store_u16(uint16_t* p, VI a, VI b) {
+  vst1_u16(p, vmovn_u32(a));
+  vst1_u16(p + W, vmovn_u32(b));
+}
 inline VF load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 inline void store_f16(uint16_t* p, VF v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
 inline void store_u32(uint32_t* p, VI v) { vst1q_u32(p, v); }

@@ -32,6 +32,11 @@ template <int N>
 inline VI srl(VI a) {
   return {a.v >> N};
 }
+inline VI sll_each(VI a, VI n) { return {a.v << n.v}; }
+// The number of each lane, modulo 8.
+inline VI lanes_mod_8() { return {0}; }
+// For lanes that are contiguous elements, the word of each one's 8; the next 8 have theirs 4 on.
+inline VI load_words_of_8(const uint32_t* p) { return {*p}; }
 inline VF to_float(VI a) { return static_cast<float>(static_cast<int32_t>(a.v)); }
 inline VI bits(VF a) {
   VI r;
@@ -86,7 +91,11 @@ inline uint16_t float_to_half(float f) {
 inline VF load_f32(const float* p) { return *p; }
 inline void store_f32(float* p, VF v) { *p = v; }
 inline VI load_u16(const uint16_t* p) { return {*p}; }
-inline void store_u16(uint16_t* p, VI v) { *p = static_cast<uint16_t>(v.v); }
+// The lanes of a, then those of b; they hold values below 2^16.
+inline void store_u16(uint16_t* p, VI a, VI b) {
+  p[0] = static_cast<uint16_t>(a.v);
+  p[1] = static_cast<uint16_t>(b.v);
+}
 inline VF load_f16(const uint16_t* p) { return half_to_float(*p); }
 inline void store_f16(uint16_t* p, VF v) { *p = float_to_half(v); }
 inline void store_u32(uint32_t* p, VI v) { *p = v.v; }

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/dispatch.h
+# csrc/dispatch.h
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DISTRIBUTION_CODES = {"normal": 0, "rademacher": 1}
 
 try:
     from zo_kernels import _C
@@ -64,8 +66,6 @@ def combine_(
     changes: Tensor | None,
 ) -> None:
     """dst = round(src_scale * src + sum_k scales[.][k] z_k); see zo_kernels.ops.combine_."""
-    if distribution != "normal" or changes is not None:
-        raise RuntimeError("this backend has neither Rademacher directions nor changes yet")
     groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
     for i, (d, s) in enumerate(zip(dst, src, strict=True)):
         groups.setdefault((s.dtype, d.dtype), []).append(i)
@@ -84,6 +84,8 @@ def combine_(
             src_dtype=DTYPE_CODES[src_dtype],
             dst_dtype=DTYPE_CODES[dst_dtype],
             stochastic=stochastic,
+            distribution=DISTRIBUTION_CODES[distribution],
+            changes=[] if changes is None else [changes[i].data_ptr() for i in members],
             threads=_threads(),
         )
 
@@ -94,6 +96,15 @@ def normal(
     """Elements [offset, offset + count) of z: (count,) float32."""
     out = torch.empty(count, dtype=torch.float32, device=device)
     _C.normal(isa(), out.data_ptr(), count, offset, seed, direction, stream, _threads())
+    return out
+
+
+def rademacher(
+    count: int, *, seed: int, direction: int, stream: int, offset: int, device: torch.device
+) -> Tensor:
+    """Elements [offset, offset + count) of z, +1 or -1: (count,) float32."""
+    out = torch.empty(count, dtype=torch.float32, device=device)
+    _C.rademacher(isa(), out.data_ptr(), count, offset, seed, direction, stream, _threads())
     return out
 
 

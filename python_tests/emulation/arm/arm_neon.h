@@ -73,6 +73,17 @@ inline uint32x4_t vshlq_n_u32(uint32x4_t a, int n) {
   ZO_LANES a.v[i] <<= n;
   return a;
 }
+// To the left by the low byte of n, signed; to the right where that is negative.
+inline uint32x4_t vshlq_u32(uint32x4_t a, int32x4_t n) {
+  ZO_LANES {
+    const int by = static_cast<int8_t>(n.v[i]);
+    if (by >= 32 || by <= -32)
+      a.v[i] = 0;
+    else
+      a.v[i] = by >= 0 ? a.v[i] << by : a.v[i] >> -by;
+  }
+  return a;
+}
 inline uint32x4_t vshrq_n_u32(uint32x4_t a, int n) {
   ZO_LANES a.v[i] >>= n;
   return a;
@@ -139,6 +150,7 @@ inline float32x4_t vtrn2q_f32(float32x4_t a, float32x4_t b) {
 }
 
 inline float32x4_t vld1q_f32(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
+inline uint32x4_t vld1q_u32(const uint32_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
 inline void vst1q_f32(float* p, float32x4_t a) { std::memcpy(p, &a, sizeof(a)); }
 inline void vst1q_u32(uint32_t* p, uint32x4_t a) { std::memcpy(p, &a, sizeof(a)); }
 inline uint16x4_t vld1_u16(const uint16_t* p) { return {{p[0], p[1], p[2], p[3]}}; }

@@ -10,7 +10,6 @@
 struct __m256i {
   uint16_t h[16];
 };
-using __m256bh = __m256i;
 struct __m512 {
   float f[16];
 };
@@ -20,6 +19,7 @@ struct __m512d {
 struct __m512i {
   uint32_t d[16];
 };
+using __m512bh = __m512i;
 using __mmask16 = uint16_t;
 
 enum { _CMP_UNORD_Q = 3 };
@@ -95,6 +95,15 @@ inline __m512i _mm512_setr_epi64(long long a, long long b, long long c, long lon
   ZO_WIDE_LANES emulation::set_wide(r, i, static_cast<uint64_t>(x[i]));
   return r;
 }
+inline __m512i _mm512_setr_epi32(int a, int b, int c, int d, int e, int f, int g, int h, int i,
+                                 int j, int k, int l, int m, int n, int o, int p) {
+  const int x[16] = {a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p};
+  return emulation::cast<__m512i>(x);
+}
+inline __m512i _mm512_mask_set1_epi32(__m512i src, __mmask16 k, int x) {
+  ZO_LANES if (k >> i & 1) src.d[i] = static_cast<uint32_t>(x);
+  return src;
+}
 inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
   ZO_LANES c.f[i] = std::fma(a.f[i], b.f[i], c.f[i]);
   return c;
@@ -125,6 +134,10 @@ inline __m512i _mm512_or_si512(__m512i a, __m512i b) {
 }
 inline __m512i _mm512_slli_epi32(__m512i a, unsigned n) {
   ZO_LANES a.d[i] = n > 31 ? 0 : a.d[i] << n;
+  return a;
+}
+inline __m512i _mm512_sllv_epi32(__m512i a, __m512i n) {
+  ZO_LANES a.d[i] = n.d[i] > 31 ? 0 : a.d[i] << n.d[i];
   return a;
 }
 inline __m512i _mm512_srli_epi32(__m512i a, unsigned n) {
@@ -245,18 +258,21 @@ inline __m256i _mm512_cvtps_ph(__m512 a, int) {
   ZO_LANES r.h[i] = emulation::float_to_half(a.f[i]);
   return r;
 }
-// Subnormal inputs count as zeros; NaN is made quiet; ties go to even.
-inline __m256bh _mm512_cvtneps_pbh(__m512 a) {
-  __m256bh r;
-  ZO_LANES {
-    const uint32_t x = emulation::cast<uint32_t>(a.f[i]);
+// b in the low half, a in the high one. Subnormal inputs count as zeros; NaN is made quiet; ties go
+// to even.
+inline __m512bh _mm512_cvtne2ps_pbh(__m512 a, __m512 b) {
+  __m512bh r = {};
+  for (int i = 0; i < 32; ++i) {
+    const uint32_t x = emulation::cast<uint32_t>(i < 16 ? b.f[i] : a.f[i - 16]);
     const uint32_t exponent = x >> 23 & 255;
+    uint32_t half;
     if (exponent == 0)
-      r.h[i] = static_cast<uint16_t>(x >> 31 << 15);
+      half = x >> 31 << 15;
     else if (exponent == 255)
-      r.h[i] = static_cast<uint16_t>(x >> 16 | (x & 0x7FFFFF ? 0x40 : 0));
+      half = x >> 16 | (x & 0x7FFFFF ? 0x40 : 0);
     else
-      r.h[i] = static_cast<uint16_t>((x + 0x7FFF + (x >> 16 & 1)) >> 16);
+      half = (x + 0x7FFF + (x >> 16 & 1)) >> 16;
+    r.d[i / 2] |= half << 16 * (i % 2);
   }
   return r;
 }
