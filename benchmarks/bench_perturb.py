@@ -46,6 +46,8 @@ def test_perturb(benchmark, report, rounds, threads, dtype):
         "MeZO normal + add_": lambda: mezo_perturb_([tensor], 1e-3, 1),
         "zk.perturb_": lambda: perturb(tensor),
         "zk.perturb_ stochastic": lambda: perturb(tensor, rounding="stochastic"),
+        "zk.perturb_ rademacher": lambda: perturb(tensor, distribution="rademacher"),
+        "mul_": lambda: tensor.mul_(1.0),
         "torch.clone": tensor.clone,
         "copy_": lambda: copy.copy_(tensor),
         **{f"zk.perturb_ {isa}": lambda isa=isa: perturb(tensor, isa) for isa in isas[1:]},
@@ -58,6 +60,7 @@ def test_perturb(benchmark, report, rounds, threads, dtype):
         if name.startswith("zk.")
     }
     ratios["zk.perturb_ time / clone"] = median_ratio(times, "zk.perturb_", "torch.clone")
+    ratios["rademacher time / mul_"] = median_ratio(times, "zk.perturb_ rademacher", "mul_")
     report(f"perturb_ {dtype}, {threads} thread(s), {NUMEL} elements", rates, ratios)
     benchmark.pedantic(lambda: perturb(tensor), rounds=5, warmup_rounds=1)
 
@@ -78,6 +81,28 @@ def test_threads(benchmark, report, rounds, dtype):
     ratio = {"2 threads against 1": median_ratio(times, "1 thread", "2 threads")}
     report(f"perturb_ threads, {dtype}", rates, ratio)
     benchmark.pedantic(lambda: perturb(tensor), rounds=3)
+
+
+@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_changes(benchmark, report, rounds, dtype, distribution):
+    """What the change statistics cost a pass (one thread, stochastic rounding)."""
+    tensor = weights(dtype)
+    rows = torch.empty(1, 3, dtype=torch.float64)
+    options = {"seed": 1, "directions": [2], "streams": [3], "rounding": "stochastic"}
+    options["distribution"] = distribution
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    cases = {
+        "without": lambda: zk.combine_([tensor], [tensor], [1e-3], **options),
+        "with changes": lambda: zk.combine_([tensor], [tensor], [1e-3], **options, changes=rows),
+    }
+    times = interleave(cases, rounds(9))
+    torch.set_num_threads(before)
+    rates = {f"{name} (G/s)": NUMEL / t / 1e9 for name, t in medians(times).items()}
+    ratio = {"time with / without": median_ratio(times, "with changes", "without")}
+    report(f"changes, {distribution}, {dtype}", rates, ratio)
+    benchmark.pedantic(cases["with changes"], rounds=3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -24,8 +24,10 @@
 
 #include <cstdint>
 
-// In the inner loops: called out of line, these pass their vectors through memory.
+// For what the inner loops call: out of line, it would pass its vectors through memory.
+#ifndef ZO_INLINE
 #define ZO_INLINE inline __attribute__((always_inline))
+#endif
 // A condition that does not hold where speed counts; its code goes out of the way.
 #define ZO_RARELY(condition) __builtin_expect(condition, 0)
 

@@ -10,17 +10,20 @@ extern "C" {
 
 const char* isa_name() { return table().isa; }
 
-void combine_job(int src_dtype, int dst_dtype, int stochastic, const void* src, void* dst,
-                 uint64_t begin, uint64_t end, uint64_t seed, uint32_t stream, int directions,
-                 const uint32_t* direction, const float* scale, float src_scale) {
-  const Job job = {src, dst, begin, end, seed, stream, directions, direction, scale, src_scale};
-  table().combine[src_dtype].at[dst_dtype][stochastic](job);
+void combine_job(int distribution, int src_dtype, int dst_dtype, int stochastic, const void* src,
+                 void* dst, uint64_t begin, uint64_t end, uint64_t seed, uint32_t stream,
+                 int directions, const uint32_t* direction, const float* scale, float src_scale,
+                 double* changes) {
+  const Job job = {src,        dst,       begin, end,       seed,   stream,
+                   directions, direction, scale, src_scale, changes};
+  table().of[distribution].combine[src_dtype].at[dst_dtype][stochastic](job);
 }
 
-void emit_job(int words, void* dst, uint64_t begin, uint64_t end, uint64_t seed, uint32_t stream,
-              uint32_t direction) {
-  const Job job = {nullptr, dst, begin, end, seed, stream, 1, &direction, nullptr, 1.0f};
-  (words ? table().random_words : table().normal)(job);
+// distribution: -1 for words.
+void emit_job(int distribution, void* dst, uint64_t begin, uint64_t end, uint64_t seed,
+              uint32_t stream, uint32_t direction) {
+  const Job job = {nullptr, dst, begin, end, seed, stream, 1, &direction, nullptr, 1.0f, nullptr};
+  (distribution < 0 ? table().random_words : table().of[distribution].emit)(job);
 }
 
 // The words of one block, any 64-bit block number.
