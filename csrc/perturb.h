@@ -135,7 +135,7 @@ void combine(const Job& job) {
   VF accumulators[STRIDE / W];
   VI randoms[STRIDE / W];
   float before_rounding[STRIDE];
-  double totals[3] = {};
+  Totals totals;
 
   const auto pass = [&](const SrcT* src, DstT* dst, uint64_t at) {
     directions.go_to(at);
@@ -188,7 +188,7 @@ void combine(const Job& job) {
     src += count;
     dst += count;
   });
-  if (measured) std::memcpy(job.changes, totals, sizeof(totals));
+  if (measured) totals.write(job.changes);
 }
 
 // float32 z of the range, for looking at and testing.
