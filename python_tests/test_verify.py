@@ -117,11 +117,11 @@ def flipped(original, element):
 
 def test_one_flipped_bit_is_found(here, uncompiled, few_cases, tmp_path, capsys, monkeypatch):
     """The verdict says where, the exit status and a sentence say that, and the report is whole."""
-    monkeypatch.setattr(native, "combine_", flipped(native.combine_, 4000))
+    monkeypatch.setattr(native, "combine_", flipped(native.combine_, 1500))
     path = tmp_path / "report.json"
     assert run(*SMALL, "--out", path) == 1
     isa = native.available_isas()[0]
-    place = f"native {isa} on cpu, perturb_ fp32: wrong bits at index {RAGGED_OFFSET + 4000}"
+    place = f"native {isa} on cpu, perturb_ fp32: wrong bits at index {RAGGED_OFFSET + 1500}"
     assert place in (shown := capsys.readouterr()).err and "please attach" in shown.err
     assert "WRONG" in shown.out
     report = json.loads(path.read_text())

@@ -23,7 +23,7 @@ ALIGNMENT = 1 << 12  # windows begin and end at its multiples, so groups of quan
 # Elements compared at the start (more than one program of the Triton kernels has), middle and end.
 WINDOWS = (5 * ALIGNMENT, ALIGNMENT, ALIGNMENT)
 # A run across the index where the high counter word changes, one element off any alignment.
-RAGGED_COUNT, RAGGED_OFFSET = 5003, (1 << 34) - 1003
+RAGGED_COUNT, RAGGED_OFFSET = 2003, (1 << 34) - 1003
 _PERIOD = 1 << 16
 
 
