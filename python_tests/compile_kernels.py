@@ -1,67 +1,105 @@
-"""Compiles combine_kernel for GPUs that this machine lacks; run by test_triton_compiled.py.
+"""Compiles kernels for sm_90 and writes what run_llir.py runs; called by the tests.
 
-`python compile_kernels.py FOLDER` writes FOLDER/NAME.json per kernel (resources, counts of
-instructions) and, for sm_90, FOLDER/NAME.ll. Runs in a process of its own: TRITON_INTERPRET must
-not be set.
+`python compile_kernels.py FOLDER SET` writes NAME.ll, the LLVM IR, and NAME.json, the other fields
+of run_llir.Compiled, for each variant of the set "combine", "fake_quant" or "small". Runs in a
+process of its own: TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import triton
+import llir_kernels
+import torch
 
-from zo_kernels.backends.triton import perturb
-from zo_kernels.backends.triton.compile import TARGETS, compile_variant
+from zo_kernels.backends.triton import launch, perturb, quantize
+from zo_kernels.backends.triton.compile import TARGETS, Variant, compile_variant
 
-KERNELS = ["combine bf16", "combine fp16", "combine fp32", "combine bf16 stochastic"]
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+# dtypes of src and dst, steps per program and options of the variants of combine_kernel that
+# test_triton_compiled.py runs: each takes seconds to compile, so each is there for several reasons.
+_fp32, _bf16, _fp16 = torch.float32, torch.bfloat16, torch.float16
+COMBINE = [
+    (_fp32, _fp32, 16, {}),
+    (_bf16, _bf16, 16, {"stochastic": True}),
+    (_fp16, _fp16, 16, {"stochastic": True}),
+    (_fp32, _bf16, 4, {}),
+    (_bf16, _fp32, 1, {"single": False, "scale_src": True}),
+    (_fp16, _fp16, 4, {"single": False}),
+    (_bf16, _bf16, 16, {"stochastic": True, "rademacher": True}),
+    (_fp32, _fp32, 4, {"single": False, "rademacher": True}),
+    (_fp16, _bf16, 1, {"stochastic": True, "changes": True}),
+]
+# Kernels and kinds of formats, each on one dtype at least.
+FAKE_QUANT = [
+    "fake_quant fp32 int4 g128",
+    "fake_quant bf16 int4 g128",
+    "fake_quant fp16 int4 g128",
+    "fake_quant bf16 int4 g32",
+    "fake_quant bf16 int4 asymmetric g64",
+    "fake_quant fp16 int8 row 4096",
+    "fake_quant bf16 int4 row 11008",
+    "fake_quant fp32 int4 asymmetric row 11008",
+    "fake_quant bf16 int8 tensor",
+    "fake_quant fp32 nf4 g64",
+    "fake_quant bf16 fp8_e4m3 row 4096",
+    "fake_quant fp16 fp8_e5m2 g128",
+]
 
 
-def facts(kernel, target, folder: Path) -> dict:
-    """What the tests look at."""
-    if target.backend == "hip":
-        text = kernel.asm["amdgcn"]
-        fields = ("vgpr_spill_count", "sgpr_spill_count", "group_segment_fixed_size")
-        numbers = {f: [int(n) for n in re.findall(rf"\.{f}:\s+(\d+)", text)] for f in fields}
-        opcodes = Counter(re.findall(r"^\s+([vsgbd]\w+_\w+)", text, flags=re.M))
-        return {**numbers, "opcodes": opcodes, "shared": kernel.metadata.shared}
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    sass = subprocess.run(
-        [TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    usage = subprocess.run(
-        [TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    ptx = kernel.asm["ptx"]
-    return {
-        "opcodes": Counter(OPCODE.findall(sass)),
-        "local": int(re.search(r"LOCAL:(\d+)", usage)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "shared": int(re.search(r"SHARED:(\d+)", usage)[1]),
-        "ptx": Counter(re.findall(r"\b[a-z][\w:]*(?:\.[\w:]+)+", ptx)),
-    }
+def combine_variant(src: torch.dtype, dst: torch.dtype, steps: int, options: dict) -> Variant:
+    """A variant of combine_kernel with STEPS steps per program."""
+    base = launch.variant(src, dst, **options)
+    return replace(
+        base,
+        name=f"{base.name} {steps} steps",
+        constants={**base.constants, "STEPS": steps},
+    )
+
+
+def emit_variants() -> list[Variant]:
+    """emit_kernel, whose elements' indices have 32 bits or 64."""
+    result = []
+    for what, size in (("normal", 32), ("normal", 64), ("rademacher", 64), ("random_words", 64)):
+        signature = {"out": "*i32" if what == "random_words" else "*fp32"}
+        signature |= {"begin": f"i{size}", "end": f"i{size}", "seed_lo": "i32", "seed_hi": "i32"}
+        signature |= {"stream": "i32", "direction": "i32"}
+        constants = {"WHAT": what, "LANES": perturb.LANES}
+        name = f"emit {what} {size}"
+        fields = (name, perturb.emit_kernel, signature, constants, ("out",), perturb.LANES, 4.0, 4)
+        result.append(Variant(*fields))
+    return result
+
+
+def write_ir(variants: Sequence[Variant], folder: Path) -> None:
+    """What run_llir.Compiled.read reads."""
+    for variant in variants:
+        kernel = compile_variant(variant, TARGETS["sm_90"])
+        names = variant.kernel.arg_names
+        fields = {
+            "name": variant.name,
+            "kernel": variant.kernel.__name__,
+            "arguments": {n: variant.signature[n] for n in names if n in variant.signature},
+            "constants": {n: str(value) for n, value in variant.constants.items()},
+            "aligned": variant.aligned,
+            "shared_bytes": kernel.metadata.shared,
+        }
+        path = folder / variant.name.replace(" ", "-")
+        path.with_suffix(".json").write_text(json.dumps(fields))
+        path.with_suffix(".ll").write_text(kernel.asm["llir"])
 
 
 def main() -> None:
-    """Compile everything into the folder named on the command line."""
-    folder = Path(sys.argv[1])
-    for name in ("sm_80", "sm_90", "gfx942"):
-        for variant in perturb.variants():
-            if variant.name not in KERNELS:
-                continue
-            kernel = compile_variant(variant, TARGETS[name])
-            stem = f"{name}-{variant.name.removeprefix('combine ').replace(' ', '-')}"
-            (folder / f"{stem}.json").write_text(json.dumps(facts(kernel, TARGETS[name], folder)))
-            if name == "sm_90":
-                (folder / f"{stem}.ll").write_text(kernel.asm["llir"])
+    """Compile a set into a folder, as the command line says."""
+    sets = {
+        "combine": [combine_variant(*case) for case in COMBINE] + emit_variants(),
+        "fake_quant": [v for v in quantize.variants() if v.name in FAKE_QUANT],
+        "small": llir_kernels.variants(),
+    }
+    write_ir(sets[sys.argv[2]], Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -1,121 +1,262 @@
-"""Runs the LLVM IR that Triton makes for an NVIDIA GPU on this CPU, one thread after another.
+"""Runs the LLVM IR that Triton makes for an NVIDIA GPU on this CPU, with every access checked.
 
-The IR is what Triton's own compiler produced, after all its layout and vectorisation work; only its
-target is changed to x86-64, by the LLVM inside libtriton, and its few lines of PTX (global loads
-and stores) are replaced by loads and stores. Kernels that use shared memory, shuffles or barriers
-cannot run so. What stays unproved is ptxas and the GPU.
+llir/translate.py changes the IR's target, the LLVM inside libtriton compiles it, and llir/threads.h
+runs the threads. A load or store outside the buffers of a launch, or not aligned to its width,
+stops the launch. What stays unproved is ptxas and the GPU.
 """
 
 from __future__ import annotations
 
 import ctypes
-import re
+import json
+import platform
+import shutil
+import struct
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import torch
+from llir.translate import TRIPLE, translate
+from torch import Tensor
 from triton._C import libtriton
 from triton._C.libtriton import llvm
 
-TRIPLE = "x86_64-unknown-linux-gnu"
-HELPERS = """target triple = "x86_64-unknown-linux-gnu"
-@thread = external global i32
-@program = external global i32
-define internal void @store4(i32 %x0, i32 %x1, i32 %x2, i32 %x3, ptr %p) alwaysinline {
-STORES
-  ret void
+RUNTIME = Path(__file__).parent / "llir" / "runtime.cpp"
+COMPILER = shutil.which("g++") or shutil.which("c++")
+#: What compiled code uses: LLVM's x86-64-v3, as /proc/cpuinfo names its parts.
+FEATURES = {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
+#: Pointees by Triton's names of pointers.
+DTYPES = {
+    "*fp32": torch.float32,
+    "*bf16": torch.bfloat16,
+    "*fp16": torch.float16,
+    "*fp8e4nv": torch.float8_e4m3fn,
+    "*i64": torch.int64,
+    "*i32": torch.int32,
+    "*i16": torch.int16,
+    "*i8": torch.int8,
+    "*u8": torch.uint8,
 }
-define internal { i32, i32, i32, i32 } @load4(ptr %p) alwaysinline {
-  %v = load { i32, i32, i32, i32 }, ptr %p, align 16
-  ret { i32, i32, i32, i32 } %v
-}
-"""
-STORE4 = "\n".join(
-    f"  %q{i} = getelementptr i32, ptr %p, i64 {i}\n  store i32 %x{i}, ptr %q{i}, align 4"
-    for i in range(4)
-)
-MASKED = """define internal i{w} @load_{w}(i{w} %other, ptr %p, i1 %c) {{
-  br i1 %c, label %yes, label %no
-yes:
-  %v = load i{w}, ptr %p
-  ret i{w} %v
-no:
-  ret i{w} %other
-}}
-define internal void @store_{w}(i{w} %v, ptr %p, i1 %c) {{
-  br i1 %c, label %yes, label %no
-yes:
-  store i{w} %v, ptr %p
-  br label %no
-no:
-  ret void
-}}
-"""
-RUNNER = """
-extern int thread, program;
-int thread, program;
-/* What LLVM calls for float to bfloat16: the bits come back in the low half of xmm0. */
-float __truncsfbf2(float x) {
-  union { float f; unsigned u; } v = {x}, r;
-  r.u = x != x ? 0x7fff : (v.u + 0x7fff + (v.u >> 16 & 1)) >> 16;
-  return r.f;
-}
-void KERNEL(void *, void *, void *, int, int, int, int, float, void *, void *);
-void run(int programs, int threads, void *table, void *scales, void *directions, int tensors,
-         int count, int seed_lo, int seed_hi, float src_scale) {
-  for (program = 0; program < programs; ++program)
-    for (thread = 0; thread < threads; ++thread)
-      KERNEL(table, scales, directions, tensors, count, seed_lo, seed_hi, src_scale, 0, 0);
-}
-"""
+#: LLVM type and eight bytes of a scalar argument, as struct writes them, by Triton's names.
+SCALARS = {"i32": ("i32", "<i4x"), "i64": ("i64", "<q"), "fp32": ("float", "<f4x")}
+#: What Triton appends to every kernel's parameters: pointers to scratch memory, null here.
+SCRATCH = 2
 
 
-def _replace_ptx(match: re.Match) -> str:
-    result, ptx, arguments = match.groups()
-    wide = ".v4." in ptx
-    if "ld.global" in ptx:
-        if wide:
-            return f"call {result} @load4({arguments})"
-        if "@$" in ptx:
-            return f"call {result} @load_{result[1:]}({arguments})"
-        return f"load {result}, {arguments}, align 4"
-    if "st.global" in ptx:
-        if wide:
-            return f"call void @store4({arguments})"
-        return f"call void @store_{re.search(r'.b([0-9]+) ', ptx)[1]}({arguments})"
-    raise NotImplementedError(ptx)
+class MemoryFault(RuntimeError):
+    """An access outside the buffers of the launch, or misaligned."""
 
 
-def to_x86(ir: str) -> str:
-    """The same program for x86-64."""
-    ir = re.sub(r"^(target|source_filename) .*$", "", ir, flags=re.M)
-    ir = re.sub(r", !dbg !\d+| !dbg !\d+|^![\w.]+ = .*$", "", ir, flags=re.M)
-    ir = ir.replace("ptx_kernel ", "").replace(" addrspace(1)", "")
-    for register, variable in (("tid", "thread"), ("ctaid", "program")):
-        call = rf"tail call i32 @llvm\.nvvm\.read\.ptx\.sreg\.{register}\.x\(\)"
-        ir = re.sub(call, f"load i32, ptr @{variable}", ir)
-    ir = re.sub(r"^declare .*@llvm\.nvvm.*$", "", ir, flags=re.M)
-    call = r'tail call (\{[^}]*\}|\w+) asm sideeffect "([^"]*)", "[^"]*"\(([^)]*)\)(?: #\d+)?'
-    ir = re.sub(call, _replace_ptx, ir)
-    head = HELPERS.replace("STORES", STORE4)
-    return head + "".join(MASKED.format(w=w) for w in (16, 32)) + ir
+class LockstepFault(RuntimeError):
+    """Threads that wait for each other at different places, or for one that has ended."""
 
 
-def load(path: Path, compiler: str) -> Callable[..., None]:
-    """run(programs, threads, table, scales, directions, ...) of the combine_kernel in the file."""
+class _Range(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_uint64), ("bytes", ctypes.c_uint64)]
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("entry", "arguments", "sites", "ranges")),
+        ("site_count", ctypes.c_int64),
+        ("range_count", ctypes.c_int64),
+        ("grid", ctypes.c_int64 * 3),
+        *((n, ctypes.c_int32) for n in ("threads", "cooperative", "backwards", "shared_bytes")),
+    ]
+
+
+class _Fault(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("kind", "site", "thread", "width")),
+        ("program", ctypes.c_int64 * 3),
+        ("address", ctypes.c_uint64),
+    ]
+
+
+OUT_OF_BOUNDS, MISALIGNED, DIVERGENCE, DEADLOCK, UNSUPPORTED, NO_MEMORY = range(1, 7)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What compile_kernels.py wrote of one variant.
+
+    Attributes:
+        name: of the variant.
+        kernel: name of the ``triton.jit`` function.
+        arguments: Triton type of each runtime argument, in the kernel's order.
+        constants: text of each constant.
+        aligned: pointers that the compiler was told are multiples of 16.
+        shared_bytes: shared memory per program.
+        ir: Triton's LLVM IR.
+    """
+
+    name: str
+    kernel: str
+    arguments: Mapping[str, str]
+    constants: Mapping[str, str]
+    aligned: Sequence[str]
+    shared_bytes: int
+    ir: str
+
+    @staticmethod
+    def read(folder: Path) -> dict[str, Compiled]:
+        """All variants in a folder by their names."""
+        found = {}
+        for path in sorted(folder.glob("*.ll")):
+            facts = json.loads(path.with_suffix(".json").read_text())
+            found[facts["name"]] = Compiled(ir=path.read_text(), **facts)
+        return found
+
+
+def unavailable_reason() -> str | None:
+    """Why kernels cannot be run here, or None."""
+    if COMPILER is None:
+        return "no C++ compiler (g++, c++)"
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        return f"expected Linux on x86_64, got {platform.system()} on {platform.machine()}"
+    missing = FEATURES - set(Path("/proc/cpuinfo").read_text().split())
+    return f"the processor lacks {sorted(missing)}" if missing else None
+
+
+@cache
+def _runtime() -> ctypes.CDLL:
+    """What kernels call, visible to those loaded later; and LLVM's part for x86, registered."""
     llvm.init_targets()
-    library = ctypes.CDLL(libtriton.__file__)  # x86 is linked into it but not registered
+    triton = ctypes.CDLL(libtriton.__file__)  # x86 is linked into it but not registered
     for part in ("TargetInfo", "Target", "TargetMC", "AsmPrinter"):
-        getattr(library, f"LLVMInitializeX86{part}")()
-    source = to_x86(path.read_text())
-    code = llvm.translate_to_asm(source, TRIPLE, "x86-64-v3", "", [], False, True, False)
-    path.with_suffix(".o").write_bytes(code)
-    path.with_suffix(".c").write_text(RUNNER.replace("KERNEL", "combine_kernel"))
-    shared = path.with_suffix(".so")
-    inputs = [path.with_suffix(".c"), path.with_suffix(".o")]
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", *inputs, "-o", shared], check=True)
-    run = ctypes.CDLL(str(shared)).run
-    pointers, integers = [ctypes.c_void_p] * 3, [ctypes.c_int] * 4
-    run.argtypes = [ctypes.c_int, ctypes.c_int, *pointers, *integers, ctypes.c_float]
-    run.restype = None
-    return run
+        getattr(triton, f"LLVMInitializeX86{part}")()
+    # glibc's fortified longjmp takes a switch between stacks for an error.
+    options = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "runtime.so"
+        subprocess.run([COMPILER, *options, RUNTIME, "-o", library], check=True)
+        return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+class Kernel:
+    """A compiled variant, ready to run on this CPU; several may be loaded."""
+
+    def __init__(self, compiled: Compiled) -> None:
+        """Translates, compiles and loads.
+
+        Raises:
+            NotImplementedError: the IR has something that is not known to be exact; it is named.
+            ValueError: the IR's parameters are not those of ``compiled.arguments``.
+        """
+        runtime = _runtime()
+        self.compiled = compiled
+        self.code = translate(
+            compiled.ir, compiled.shared_bytes, lambda symbol: hasattr(runtime, symbol)
+        )
+        kinds = compiled.arguments.values()
+        expected = ["ptr" if kind in DTYPES else SCALARS[kind][0] for kind in kinds]
+        if self.code.parameters != (*expected, *["ptr"] * SCRATCH):
+            raise ValueError(
+                f"{compiled.name}: expected parameters {expected} and {SCRATCH} pointers to "
+                f"scratch memory, got {list(self.code.parameters)}"
+            )
+        flags = ["", [], False, True]  # features, options, contract, object
+        if "canonicalize_gep" in llvm.translate_to_asm.__doc__:  # not in Triton 3.7
+            flags.append(False)
+        with tempfile.TemporaryDirectory() as folder:
+            code, library = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
+            code.write_bytes(llvm.translate_to_asm(self.code.ir, TRIPLE, "x86-64-v3", *flags))
+            subprocess.run([COMPILER, "-shared", code, "-o", library], check=True)
+            self._library = ctypes.CDLL(str(library))
+        self._library.llir_sites_address.restype = ctypes.c_void_p
+
+    def run(
+        self,
+        grid: Sequence[int],
+        arguments: Mapping[str, Tensor | int | float],
+        memory: Mapping[str, Tensor] | None = None,
+        backwards: bool = False,
+    ) -> None:
+        """Runs all threads of all programs.
+
+        Args:
+            grid: number of programs, in one to three dimensions.
+            arguments: by name; tensors for pointers.
+            memory: further tensors that the kernel may access, by names for messages.
+            backwards: last program and last thread first. Results must not depend on it.
+
+        Raises:
+            TypeError, ValueError: arguments that the kernel lacks or cannot take.
+            MemoryFault, LockstepFault: naming the program, thread and access; what the kernel has
+                written by then stays.
+        """
+        slots, buffers = self._arguments(arguments)
+        buffers |= memory or {}
+        for name, tensor in buffers.items():
+            if not tensor.is_contiguous() or tensor.device.type != "cpu":
+                raise ValueError(f"{name}: expected a contiguous tensor on the CPU, got {tensor}")
+        spans = {n: (t.data_ptr(), t.numel() * t.element_size()) for n, t in buffers.items()}
+        ranges = (_Range * max(len(spans), 1))(*spans.values())
+        launch = _Launch(
+            entry=ctypes.cast(self._library.llir_entry, ctypes.c_void_p),
+            arguments=ctypes.cast(slots, ctypes.c_void_p),
+            sites=self._library.llir_sites_address(),
+            ranges=ctypes.cast(ranges, ctypes.c_void_p),
+            site_count=len(self.code.sites),
+            range_count=len(spans),
+            grid=(*grid, *[1] * (3 - len(grid))),
+            threads=self.code.threads,
+            cooperative=self.code.cooperative,
+            backwards=backwards,
+            shared_bytes=self.compiled.shared_bytes,
+        )
+        fault = _Fault()
+        if _runtime().llir_run(ctypes.byref(launch), ctypes.byref(fault)):
+            raise self._error(fault, spans)
+
+    def _arguments(self, given: Mapping) -> tuple[ctypes.Array, dict[str, Tensor]]:
+        """Eight bytes for each parameter, and the tensors by name."""
+        wanted = self.compiled.arguments
+        if set(given) != set(wanted):
+            raise TypeError(
+                f"{self.compiled.name}: expected arguments {sorted(wanted)}, got {sorted(given)}"
+            )
+        slots, buffers = b"", {}
+        for name, kind in wanted.items():
+            value = given[name]
+            if kind in DTYPES:
+                if not isinstance(value, Tensor) or value.dtype != DTYPES[kind]:
+                    raise TypeError(f"{name}: expected a tensor of {DTYPES[kind]}, got {value!r}")
+                buffers[name] = value
+                slots += struct.pack("<Q", value.data_ptr())
+            else:
+                try:
+                    slots += struct.pack(SCALARS[kind][1], value)
+                except struct.error as error:
+                    raise ValueError(f"{name}: expected {kind}, got {value!r}: {error}") from error
+        return ctypes.create_string_buffer(slots + bytes(8 * SCRATCH)), buffers
+
+    def _error(self, fault: _Fault, spans: Mapping[str, tuple[int, int]]) -> RuntimeError:
+        name, shared = self.compiled.name, self.compiled.shared_bytes
+        if fault.kind == NO_MEMORY:
+            return RuntimeError(f"{name}: no room for stacks and {shared} bytes of shared memory")
+        doing = self.code.sites[fault.site]
+        where = f"{name}, program {tuple(fault.program)}, thread {fault.thread}"
+        if fault.kind == DIVERGENCE:
+            return LockstepFault(f"{where}: at {doing} while others wait elsewhere")
+        if fault.kind == DEADLOCK:
+            return LockstepFault(f"{where}: waits at {doing} for threads that do not come")
+        if fault.kind == UNSUPPORTED:
+            return LockstepFault(f"{where}: {doing} of some threads only ({fault.address:#x})")
+        kind = "misaligned" if fault.kind == MISALIGNED else "out of bounds"
+        message = f"{where}: {kind}: {doing}, {fault.width} bytes at {fault.address:#x}; "
+        if "global" not in doing:
+            return MemoryFault(f"{message}the program has {shared} bytes of shared memory")
+
+        def distance(name: str) -> int:
+            base, size = spans[name]
+            return max(base - fault.address, fault.address + fault.width - base - size, 0)
+
+        nearest = min(spans, key=distance)
+        base, size = spans[nearest]
+        place = f"offset {fault.address - base} of {nearest}, which has {size} bytes"
+        return MemoryFault(message + place)
