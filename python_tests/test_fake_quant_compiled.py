@@ -1,4 +1,7 @@
-"""The PTX of the fake_quant kernels: nothing approximate, 16-byte accesses. No GPU is needed."""
+"""The fake_quant kernels compiled for sm_90: their PTX, and their bits on this CPU.
+
+Nothing approximate, 16-byte accesses; no GPU is needed.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import assert_same_bits
+from test_fake_quant import hard_weights
+
+import zo_kernels as zk
 
 pytest.importorskip("triton")
+import run_llir
+from compile_kernels import FAKE_QUANT
+from compiled_route import Route, compile_set
+
+from zo_kernels.backends import triton as room
+from zo_kernels.backends.triton import quantize
+
 # One of each kernel and kind of format; the accesses of src and out in each.
 WIDE = [
     "fake_quant bf16 int4 g128",
@@ -62,3 +77,35 @@ def test_ptx(opcodes, name):
     assert loads.keys() - ends == {"ld.global.v4.b32"}
     assert stores.keys() == {"st.global.v4.b32"}
     assert {op: loads[op] for op in ends} == ends
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict[str, run_llir.Compiled]:
+    """The variants named in compile_kernels.FAKE_QUANT."""
+    if reason := run_llir.unavailable_reason():
+        pytest.skip(reason)
+    path = tmp_path_factory.mktemp("fake_quant")
+    compile_set("fake_quant", path)
+    return run_llir.Compiled.read(path)
+
+
+@pytest.mark.parametrize("name", FAKE_QUANT)
+def test_bits_of_the_compiled_code(compiled, monkeypatch, name):
+    """Into other memory and in place, in both orders of the threads."""
+    for kernel in ("groups_kernel", "streamed_kernel", "spread_kernel"):
+        monkeypatch.setattr(quantize, kernel, Route(getattr(quantize, kernel), compiled))
+    monkeypatch.setattr(room, "interpreting", lambda: False)
+    route = getattr(quantize, compiled[name].kernel)
+    _, short, scheme, *words = name.split()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[short]
+    group = int(words[-1].lstrip("g")) if words[-1] != "tensor" else 1 << 17
+    weight = hard_weights({4096: 5, 11008: 3, 1 << 17: 2}.get(group, 133), group, dtype)
+    options = {"symmetric": "asymmetric" not in words}
+    expected = zk.fake_quant(weight, scheme, group_size="row", backend="reference", **options)
+    out = torch.empty_like(weight)
+    room.fake_quant(out, weight, scheme, group=group, **options)
+    assert_same_bits(out, expected)
+    route.backwards = True
+    room.fake_quant(weight, weight, scheme, group=group, **options)
+    assert_same_bits(weight, expected)
+    assert route.launches == [name, name]
