@@ -40,6 +40,7 @@ _WIDTHS = {"256": 32, "128": 16, "64": 8, "32": 4, "U16": 2, "S16": 2, "U8": 1, 
 # Exact operations of PTX that ptxas builds from these approximations and corrections.
 _EXPLAINS = {
     "MUFU.RCP": r"(div|rcp)\.rn\.|(div|rem)\.[us]",
+    "F2I.FTZ.U32": r"(div|rem)\.[us]",
     "MUFU.RSQ": r"sqrt\.rn\.",
     "MUFU.SQRT": r"sqrt\.rn\.",
 }
@@ -47,6 +48,8 @@ _PTX_FMA = re.compile(r"(?:fma|mad)\.(?:\w+\.)*f32(x2)?$")
 _PTX_ADD = re.compile(r"(?:add|sub)\.(?:\w+\.)*f32(x2)?$")
 _SASS_FMA = re.compile(r"FFMA(2)?(?:32I)?(?:\.|$)")
 _SASS_ADD = re.compile(r"FADD(2)?(?:32I)?(?:\.|$)")
+# ptxas's own functions for the rare cases of such operations; what they return is exact.
+_OWN_FUNCTION = "$__internal_"
 _EXPANDS = re.compile(r"(div|rcp|sqrt)\.rn\.")
 _LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 _LABEL = re.compile(r"^([^\s:]+):\s*$")
@@ -114,7 +117,7 @@ def _approximate(sass: Counter[str], ptx: Counter[str]) -> dict[str, int]:
     for op, n in sass.items():
         explanation = next((e for start, e in _EXPLAINS.items() if op.startswith(start)), None)
         exact = explanation and any(re.match(explanation, name) for name in ptx)
-        if ".FTZ" in op or (op.startswith("MUFU") and not exact):
+        if (op.startswith("MUFU") or ".FTZ" in op) and not exact:
             found[op] = n
     return found
 
@@ -123,7 +126,9 @@ def code(sass: str, resources: str, ptx: str) -> Code:
     """Everything the inspector needs of one kernel."""
     instructions, labels = read(sass)
     numbers = usage(resources)
-    machine = Counter(opcode for i in instructions for opcode in i.opcodes)
+    own = [index for label, index in labels.items() if label.startswith(_OWN_FUNCTION)]
+    end = min(own, default=len(instructions))
+    machine = Counter(opcode for i in instructions[:end] for opcode in i.opcodes)
     source = ptx_opcodes(ptx)
     return Code(
         instructions=instructions,
