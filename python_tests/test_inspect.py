@@ -336,7 +336,7 @@ COMPILED = {
 CASES = [(target, name) for target, names in COMPILED.items() for name in names]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> dict[tuple[str, str], inspect.Report]:
     """Compiled in another process, though TRITON_INTERPRET is set in this one."""
     seen = []
