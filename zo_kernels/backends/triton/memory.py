@@ -91,26 +91,30 @@ def store_wide(address, ahead, x, DTYPE: tl.constexpr, VEC: tl.constexpr, LANES:
 
 
 @triton.jit
-def load_masked(base, i, begin, end, DTYPE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr):
-    """Elements i .. i + VEC - 1 of each lane as a float32 block, zero outside [begin, end).
+def load_masked(
+    address, ahead, low, high, DTYPE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr
+):
+    """As load_wide, without alignment, and zero outside of elements [low, high) of the address.
 
     One access per column: as one block they would be spread over the lanes for coalescing and come
     back through shared memory.
     """
     columns = ()
     for e in tl.static_range(VEC):
-        mask = (i + e >= begin) & (i + e < end)
-        p = base.to(tl.pointer_type(DTYPE)) + (i + e)
-        columns = columns + (tl.load(p, mask=mask, other=0.0).to(tl.float32),)
+        i = ahead + tl.arange(0, LANES) * VEC + e
+        p = address.to(tl.pointer_type(DTYPE)) + i
+        x = tl.load(p, mask=(i >= low) & (i < high), other=0.0)
+        columns = columns + (x.to(tl.float32),)
     return join(columns, LANES)
 
 
 @triton.jit
 def store_masked(
-    base, i, begin, end, x, DTYPE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr
+    address, ahead, low, high, x, DTYPE: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr
 ):
     """Counterpart of load_masked."""
     columns = split(x, LANES)
     for e in tl.static_range(VEC):
-        mask = (i + e >= begin) & (i + e < end)
-        tl.store(base.to(tl.pointer_type(DTYPE)) + (i + e), columns[e], mask=mask)
+        i = ahead + tl.arange(0, LANES) * VEC + e
+        p = address.to(tl.pointer_type(DTYPE)) + i
+        tl.store(p, columns[e], mask=(i >= low) & (i < high))

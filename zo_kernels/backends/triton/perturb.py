@@ -159,11 +159,14 @@ def _round(value, bits, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
-def _add_changes(moved, wanted, lost, old, acc, new, at, begin, end):
-    """Per lane: sums of (new - old)^2 and (acc - old)^2, and how many elements did not move."""
+def _add_changes(moved, wanted, lost, old, acc, new, at, low, high):
+    """Per lane: sums of (new - old)^2 and (acc - old)^2, and how many elements did not move.
+
+    Elements outside [low, high) of the tile do not count; the block begins at `at` of it.
+    """
     VEC: tl.constexpr = old.shape[1]
     i = at + (tl.arange(0, old.shape[0])[:, None] * VEC + tl.arange(0, VEC)[None, :])
-    inside = (i >= begin) & (i < end)
+    inside = (i >= low) & (i < high)
     m = tl.where(inside, new.to(tl.float32) - old, 0.0)
     w = tl.where(inside, acc - old, 0.0)
     moved += tl.sum(m * m, axis=1)
@@ -235,16 +238,18 @@ def combine_kernel(
         hot = src_aligned & (shift == 0)
     else:
         hot = src_aligned & (r == 0)
-    # Steps of this tile that touch the tensor, and those among them that the hot loop takes.
-    low = tl.maximum(begin - shift - start, 0)
-    high = tl.minimum(end - shift - start, TILE)
-    first = (low // STEP).to(tl.int32)
-    last = ((high + STEP - 1) // STEP).to(tl.int32)
-    hot_first = ((low + STEP * UNIT - 1) // (STEP * UNIT)).to(tl.int32)
+    # The part of this tile that the tensor has, counted from the tile's first element: from here
+    # on offsets fit in 32 bits.
+    low = tl.maximum(begin - shift - start, 0).to(tl.int32)
+    high = tl.minimum(end - shift - start, TILE).to(tl.int32)
+    # Steps that touch it, and those among them that the hot loop takes.
+    first = low // STEP
+    last = (high + STEP - 1) // STEP
+    hot_first = (low + STEP * UNIT - 1) // (STEP * UNIT)
     # The high counter word must be the same in all lanes: it changes within this step.
     wraps = (shift != 0) & ((start & 0x3FFFFFFFF) == 0)
     hot_first = tl.where(wraps, tl.maximum(hot_first, 1), hot_first)
-    hot_last = (high // (STEP * UNIT)).to(tl.int32)
+    hot_last = high // (STEP * UNIT)
     hot_last = tl.where(hot, tl.maximum(hot_last, hot_first), hot_first)
 
     lane = tl.arange(0, LANES)
@@ -252,7 +257,7 @@ def combine_kernel(
     wanted = tl.zeros([LANES], tl.float32)
     lost = tl.zeros([LANES], tl.float32)
 
-    # Within a tile offsets fit in 32 bits, and the high counter words are the same.
+    # The high counter words are the same in the whole tile.
     tile_src = src + (start + shift) * SRC_ITEMSIZE
     tile_dst = dst + (start + shift) * DST_ITEMSIZE
     tile_lo = ((start + shift) >> 2).to(tl.uint32) + lane.to(tl.uint32) * (VEC // 4)
@@ -288,22 +293,22 @@ def combine_kernel(
             new = _round(accs[part], bits, DST_DTYPE, STOCHASTIC)
             store_wide(tile_dst, ahead + part * WIDTH, new, DST_DTYPE, VEC, LANES)
             if CHANGES:
-                at = start + shift + ahead + part * WIDTH
+                at = ahead + part * WIDTH
                 moved, wanted, lost = _add_changes(
-                    moved, wanted, lost, olds[part], accs[part], new, at, begin, end
+                    moved, wanted, lost, olds[part], accs[part], new, at, low, high
                 )
 
     taken = (hot_last - hot_first) * UNIT
     before = (hot_first * UNIT - first) * PARTS_PER_STEP
     for n in range((last - first - taken) * PARTS_PER_STEP):
         part = n + tl.where(n < before, first, first + taken) * PARTS_PER_STEP
-        at = start + part * WIDTH + shift
-        i = at + lane * VEC
-        inside = (at >= begin) & (at + WIDTH <= end)
+        at = part * WIDTH
+        i = start + shift + (at + lane * VEC)
+        inside = (at >= low) & (at + WIDTH <= high)
         if inside & src_aligned:
-            old = load_wide(tile_src, part * WIDTH, SRC_DTYPE, SRC_ITEMSIZE, VEC, LANES)
+            old = load_wide(tile_src, at, SRC_DTYPE, SRC_ITEMSIZE, VEC, LANES)
         else:
-            old = load_masked(src, i, begin, end, SRC_DTYPE, VEC, LANES)
+            old = load_masked(tile_src, at, low, high, SRC_DTYPE, VEC, LANES)
         acc = old * src_scale if SCALE_SRC else old
         if not SINGLE:
             for k in range(directions_count - 1):
@@ -320,11 +325,11 @@ def combine_kernel(
             bits = 0
         new = _round(acc, bits, DST_DTYPE, STOCHASTIC)
         if inside:
-            store_wide(tile_dst, part * WIDTH, new, DST_DTYPE, VEC, LANES)
+            store_wide(tile_dst, at, new, DST_DTYPE, VEC, LANES)
         else:
-            store_masked(dst, i, begin, end, new, DST_DTYPE, VEC, LANES)
+            store_masked(tile_dst, at, low, high, new, DST_DTYPE, VEC, LANES)
         if CHANGES:
-            moved, wanted, lost = _add_changes(moved, wanted, lost, old, acc, new, at, begin, end)
+            moved, wanted, lost = _add_changes(moved, wanted, lost, old, acc, new, at, low, high)
 
     if CHANGES:
         p = partials + program * LANES + lane
