@@ -204,6 +204,7 @@ def test_plain_doctor_sees_it_too(capsys, monkeypatch):
         (["--elements", 4096], "elements: expected together with --verify"),
         (["--verify", "--out", "file/report.json"], "out: expected a file that can be written"),
         (["--verify", "--out", "folder"], "it is a folder"),
+        (["--verify", "--out", "/proc/report.json"], "out: expected a file that can be written"),
     ],
 )
 def test_refusals_come_before_the_measuring(arguments, message, tmp_path, capsys, monkeypatch):
