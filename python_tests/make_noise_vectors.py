@@ -17,9 +17,11 @@ from zo_kernels.vectors import DTYPES, from_pattern, hexadecimal
 PATH = Path(zk.__file__).with_name("data") / "noise_vectors.txt"
 HEADER = f"""\
 # Test vectors of the noise contract, NOISE_SPEC {zk.NOISE_SPEC}. Written by make_noise_vectors.py.
-# All fields but `index` (decimal) are bit patterns in hexadecimal. Two kinds of lines:
+# All fields but `index` (decimal) are bit patterns in hexadecimal. Three kinds of lines:
 # normal  seed direction stream index  word normal
 #     the element's Philox word and its normal (binary32).
+# rademacher  seed direction stream index  sign
+#     the element's sign, 1 or -1 in binary32.
 # update  seed direction[,direction] stream index  src-type src  src-scale scale[,scale]  rounding
 #         dst-type dst
 #     dst = round(src_scale * src + sum_k scale_k normal_k), scales binary32; types fp32, bf16,
@@ -64,6 +66,17 @@ def normal_lines() -> list[str]:
     return lines
 
 
+def rademacher_lines() -> list[str]:
+    """As normal_lines, at indices that visit all bytes and bits of a Philox call and its domain."""
+    lines = []
+    for i, (seed, (direction, stream)) in enumerate(product(SEEDS, PLACES)):
+        for index in (i * 257, i * 4097 + 8, INDICES[i % 10] + 2**39 - i):
+            address = {"seed": seed, "direction": direction, "stream": stream, "offset": index}
+            sign = hexadecimal(zk.rademacher(1, **address, backend="reference"))
+            lines.append(f"rademacher {seed:016x} {direction:08x} {stream:08x} {index} {sign}")
+    return lines
+
+
 def update_lines() -> list[str]:
     """All type pairs, all sources, both roundings; addresses and scales in turn."""
     lines = []
@@ -99,7 +112,7 @@ def update_lines() -> list[str]:
 
 def table() -> str:
     """The whole file."""
-    return HEADER + "\n".join([*normal_lines(), *update_lines()]) + "\n"
+    return HEADER + "\n".join([*normal_lines(), *rademacher_lines(), *update_lines()]) + "\n"
 
 
 if __name__ == "__main__":

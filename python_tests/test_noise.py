@@ -76,6 +76,8 @@ def test_the_table_is_of_this_spec():
         updates = [v.fields for v in part if v.kind == "update"]
         assert len({(f[4], f[9], f[8]) for f in updates}) == 9 * 2  # types and roundings
     assert kinds.count("normal") > 60 and kinds.count("update") == 9 * 7 * 2
+    signs = [vector.fields[4] for vector in VECTORS if vector.kind == "rademacher"]
+    assert len(signs) == 48 and 10 < signs.count("3f800000") < 38
     assert text.splitlines()[-len(VECTORS) :] == [str(vector) for vector in VECTORS]
 
 

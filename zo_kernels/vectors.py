@@ -25,7 +25,7 @@ class Vector:
     """One line of the table.
 
     Attributes:
-        kind: its first word, "normal" or "update".
+        kind: its first word, "normal", "rademacher" or "update".
         fields: its other words.
     """
 
@@ -92,6 +92,14 @@ def _normal(fields: Sequence[str], backend: str, device: str) -> list[tuple[str,
     ]
 
 
+def _rademacher(fields: Sequence[str], backend: str, device: str) -> list[tuple[str, Call, Tensor]]:
+    seed, direction, stream, index, sign = fields
+    address = {"seed": int(seed, 16), "direction": int(direction, 16), "offset": int(index)}
+    address |= {"stream": int(stream, 16), "backend": backend, "device": device}
+    expected = from_pattern(int(sign, 16), "fp32")
+    return [("rademacher", lambda: ops.rademacher(1, **address), expected)]
+
+
 def _update(fields: Sequence[str], backend: str, device: str) -> list[tuple[str, Call, Tensor]]:
     seed, directions, stream, index, src_type, src, factor, scales, rounding = fields[:9]
     dst_type, dst = fields[9:]
@@ -115,4 +123,4 @@ def _update(fields: Sequence[str], backend: str, device: str) -> list[tuple[str,
     return [("combine_", call, from_pattern(int(dst, 16), dst_type))]
 
 
-_KINDS = {"normal": _normal, "update": _update}
+_KINDS = {"normal": _normal, "rademacher": _rademacher, "update": _update}
