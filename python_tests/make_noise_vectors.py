@@ -70,7 +70,7 @@ def rademacher_lines() -> list[str]:
     """As normal_lines, at indices that visit all bytes and bits of a Philox call and its domain."""
     lines = []
     for i, (seed, (direction, stream)) in enumerate(product(SEEDS, PLACES)):
-        for index in (i * 257, i * 4097 + 8, INDICES[i % 10] + 2**39 - i):
+        for index in (i * 257, i * 4097 + 8, 31 * i + 4000, INDICES[i % 10] + 2**39 - i):
             address = {"seed": seed, "direction": direction, "stream": stream, "offset": index}
             sign = hexadecimal(zk.rademacher(1, **address, backend="reference"))
             lines.append(f"rademacher {seed:016x} {direction:08x} {stream:08x} {index} {sign}")

@@ -252,9 +252,9 @@ kernel:                                 ; @kernel
     .group_segment_fixed_size: 0
     .private_segment_fixed_size: 0
     .sgpr_count:     62
-    .sgpr_spill_count: 3
+    .sgpr_spill_count: 5
     .vgpr_count:     44
-    .vgpr_spill_count: 0
+    .vgpr_spill_count: 3
 """
 LLIR = """
   %1 = call float @llvm.fma.f32(float %a, float %b, float %c)

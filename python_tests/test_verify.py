@@ -238,6 +238,7 @@ def test_the_interpreter_has_a_process_of_its_own():
     assert {r["op"] for r in records if r["kind"] == "vectors"} == {
         "random_words",
         "normal",
+        "rademacher",
         "combine_",
     }
     (kernel,) = [r for r in records if r["kind"] == "kernel"]
