@@ -18,20 +18,9 @@ import triton
 import triton.language as tl
 
 from zo_kernels import noise
-from zo_kernels.backends.triton.memory import (
-    join,
-    load_masked,
-    load_wide,
-    store_masked,
-    store_wide,
-)
-from zo_kernels.backends.triton.noise import (
-    normals,
-    philox,
-    round_stochastic,
-    rounding_bits,
-    sign_byte,
-)
+from zo_kernels.backends.triton.directions import add_anywhere, add_unit, draw, draw_anywhere
+from zo_kernels.backends.triton.memory import load_masked, load_wide, store_masked, store_wide
+from zo_kernels.backends.triton.noise import normals, philox, round_stochastic, sign_byte
 
 LANES = 128  # one per thread
 STEPS = 16  # steps per program: the table look-ups are shared by 16 * 128 * 8 elements
@@ -52,97 +41,6 @@ def _find(table, tensors, program):
         else:
             high = middle - 1
     return low
-
-
-@triton.jit
-def _draw_block(lo, hi, k0, k1, stream, direction, BITS: tl.constexpr):
-    """Four columns of normals, or of rounding bits."""
-    a, b, c, d = philox(lo, hi, k0, k1, stream, direction)
-    if BITS:
-        return rounding_bits(a, b, c, d)
-    else:
-        return normals(a, b, c, d)
-
-
-@triton.jit
-def _draw(
-    lo, hi, k0, k1, stream, direction, BITS: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr
-):
-    """Normals, or rounding bits, of chunks that begin at block (hi, lo)."""
-    columns = _draw_block(lo, hi, k0, k1, stream, direction, BITS)
-    if VEC == 8:
-        columns = columns + _draw_block(lo + 1, hi, k0, k1, stream, direction, BITS)
-    return join(columns, LANES)
-
-
-@triton.jit
-def _draw_anywhere(
-    i, r, k0, k1, stream, direction, BITS: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr
-):
-    """As _draw, for chunks that begin at element i (LANES, int64), i % 4 = r in all lanes."""
-    columns = ()
-    for j in tl.static_range(VEC // 4 + 1):
-        block = (i >> 2) + j
-        hi = (block >> 32).to(tl.uint32)
-        columns = columns + _draw_block(block.to(tl.uint32), hi, k0, k1, stream, direction, BITS)
-    odd, two = (r & 1) != 0, (r & 2) != 0
-    picked = ()
-    for e in tl.static_range(VEC):
-        near = tl.where(odd, columns[e + 1], columns[e])
-        far = tl.where(odd, columns[e + 3], columns[e + 2])
-        picked = picked + (tl.where(two, far, near),)
-    return join(picked, LANES)
-
-
-@triton.jit
-def _signed(c, byte, VEC: tl.constexpr, LANES: tl.constexpr):
-    """c times the Rademacher signs in bits 0 .. VEC - 1 of each lane's byte."""
-    pattern = c.to(tl.uint32, bitcast=True)
-    columns = ()
-    for e in tl.static_range(VEC):
-        sign = (byte << (31 - e)) & 0x80000000
-        columns = columns + ((sign ^ pattern).to(tl.float32, bitcast=True),)
-    return join(columns, LANES)
-
-
-@triton.jit
-def _add_unit(
-    accs, c, lo, call, hi, call_hi, k0, k1, stream, direction,
-    RADEMACHER: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """accs + c * z for the parts of a unit of the hot loop; a part is one block."""
-    PARTS_PER_STEP: tl.constexpr = 8 // VEC
-    sums = ()
-    if RADEMACHER:
-        words = philox(call, call_hi, k0, k1, stream, direction)
-        lane = tl.arange(0, LANES).to(tl.uint32)
-        bit = lane * VEC // 256 * 8 + lane * VEC % 8
-    for part in tl.static_range(len(accs)):
-        if RADEMACHER:
-            # A step takes a word; two parts of it that are half as wide take two bytes each.
-            byte = words[part // PARTS_PER_STEP] >> (bit + part % PARTS_PER_STEP * 16)
-            sums = sums + (accs[part] + _signed(c, byte, VEC, LANES),)
-        else:
-            block = lo + part * (LANES * VEC // 4)
-            z = _draw(block, hi, k0, k1, stream, direction, False, VEC, LANES)
-            sums = sums + (tl.fma(z, c, accs[part]),)
-    return sums
-
-
-@triton.jit
-def _add_anywhere(
-    acc, c, i, r, k0, k1, stream, direction,
-    RADEMACHER: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """acc + c * z of chunks that begin at element i, r = i % 4."""
-    if RADEMACHER:
-        first = sign_byte(i >> 3, k0, k1, stream, direction)
-        last = sign_byte((i + VEC - 1) >> 3, k0, k1, stream, direction)
-        byte = (first | last << 8) >> (i & 7).to(tl.uint32)
-        return acc + _signed(c, byte, VEC, LANES)
-    else:
-        z = _draw_anywhere(i, r, k0, k1, stream, direction, False, VEC, LANES)
-        return tl.fma(z, c, acc)
 
 
 @triton.jit
@@ -276,18 +174,18 @@ def combine_kernel(
             accs = accs + ((old * src_scale if SCALE_SRC else old),)
         if not SINGLE:
             for k in range(directions_count - 1):
-                accs = _add_unit(
+                accs = add_unit(
                     accs, tl.load(row + k), lo, call, hi, call_hi, k0, k1, stream,
                     _direction(directions, k), RADEMACHER, VEC, LANES,
                 )  # fmt: skip
-        accs = _add_unit(
+        accs = add_unit(
             accs, last_scale, lo, call, hi, call_hi, k0, k1, stream, last_direction,
             RADEMACHER, VEC, LANES,
         )  # fmt: skip
         for part in tl.static_range(UNIT * PARTS_PER_STEP):
             if STOCHASTIC:
                 block = lo + part * (WIDTH // 4)
-                bits = _draw(block, hi, k0, k1, stream, last_direction, True, VEC, LANES)
+                bits = draw(block, hi, k0, k1, stream, last_direction, True, VEC, LANES)
             else:
                 bits = 0
             new = _round(accs[part], bits, DST_DTYPE, STOCHASTIC)
@@ -312,15 +210,15 @@ def combine_kernel(
         acc = old * src_scale if SCALE_SRC else old
         if not SINGLE:
             for k in range(directions_count - 1):
-                acc = _add_anywhere(
+                acc = add_anywhere(
                     acc, tl.load(row + k), i, r, k0, k1, stream, _direction(directions, k),
                     RADEMACHER, VEC, LANES,
                 )  # fmt: skip
-        acc = _add_anywhere(
+        acc = add_anywhere(
             acc, last_scale, i, r, k0, k1, stream, last_direction, RADEMACHER, VEC, LANES
         )
         if STOCHASTIC:
-            bits = _draw_anywhere(i, r, k0, k1, stream, last_direction, True, VEC, LANES)
+            bits = draw_anywhere(i, r, k0, k1, stream, last_direction, True, VEC, LANES)
         else:
             bits = 0
         new = _round(acc, bits, DST_DTYPE, STOCHASTIC)
