@@ -124,3 +124,27 @@ def test_values_on_the_cpu_are_checked():
             streams=[3], backend="reference",
         )  # fmt: skip
     assert_same_bits(weight, torch.ones(4))
+
+
+def test_tables_of_a_captured_graph_are_kept(device, monkeypatch):
+    """A graph replays the table's address: it must outlive the tables that are only cached."""
+    reason = room.unavailable_reason()
+    if reason:
+        pytest.skip(reason)
+
+    def table_of(weight):
+        return launch.device_table([weight], [weight], [1], [0], [0], weight.device)[0]
+
+    monkeypatch.setattr(launch, "_tables", type(launch._tables)())
+    monkeypatch.setattr(launch, "_captured", {})
+    monkeypatch.setattr(launch, "_KEPT", 2)
+    weights_of_runs = [torch.zeros(64, device=device) for _ in range(5)]
+    captured = table_of(weights_of_runs[0])
+    monkeypatch.setattr(launch, "_capturing", lambda device: True)
+    assert table_of(weights_of_runs[0]) is captured
+    with pytest.raises(RuntimeError, match="expected the same call once before the capture"):
+        table_of(weights_of_runs[1])
+    monkeypatch.setattr(launch, "_capturing", lambda device: False)
+    cached = [table_of(weight) for weight in weights_of_runs[1:]]
+    assert table_of(weights_of_runs[0]) is captured and len(launch._tables) == 2
+    assert table_of(weights_of_runs[1]) is not cached[0]

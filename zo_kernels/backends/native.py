@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+#: combine_ takes ``scales`` and ``directions`` as lists only.
+DEVICE_SCALES = False
+
 # csrc/dispatch.h
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DISTRIBUTION_CODES = {"normal": 0, "rademacher": 1}

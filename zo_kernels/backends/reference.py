@@ -14,6 +14,8 @@ from torch import Tensor
 from zo_kernels import noise
 from zo_kernels.backends.reference_quantize import fake_quant as fake_quant
 
+#: combine_ takes ``scales`` and ``directions`` as lists only.
+DEVICE_SCALES = False
 _MASK = 0xFFFFFFFF
 _CHUNK = 1 << 20  # elements at a time, to bound the temporaries
 _SIGN_BIT_CLEARED = 0x7FFFFFFF

@@ -19,7 +19,7 @@ if knobs.runtime.interpret:
     mend()
 
 
-#: ``scales`` and ``directions`` may be tensors on the device.
+#: combine_ reads ``scales`` and ``directions`` that are tensors when its kernel runs.
 DEVICE_SCALES = True
 
 
@@ -74,24 +74,24 @@ def combine_(
     """
     device = dst[0].device
     count = len(directions)
-    by_row = not isinstance(scales, Tensor) or scales.dim() == 2
     if not isinstance(scales, Tensor):
         scales, directions = _launch.device_arguments(scales, directions, device)
+    elif scales.dim() == 1:
+        scales = scales.expand(len(dst), -1).contiguous()
     if changes is not None:
         changes.zero_()
     groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
     for i, (d, s) in enumerate(zip(dst, src, strict=True)):
         groups.setdefault((s.dtype, d.dtype), []).append(i)
     for (src_dtype, dst_dtype), members in groups.items():
-        table, programs = _launch.device_table(
+        table, grid = _launch.device_table(
             [dst[i] for i in members],
             [src[i] for i in members],
             [streams[i] for i in members],
             [offsets[i] for i in members],
-            members if by_row else [0] * len(members),
+            members,
             device,
         )
-        grid = sum(programs)
         if grid == 0:
             continue
         partials = torch.empty(
@@ -122,7 +122,7 @@ def combine_(
                 **_options(device),
             )
         if changes is not None:
-            _launch.sum_changes(partials, programs, members, changes)
+            _launch.sum_changes(partials, table, changes)
 
 
 def _emit(what: str, count: int, dtype: torch.dtype, address: dict, device: torch.device) -> Tensor:

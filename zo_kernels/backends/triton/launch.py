@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zo_kernels.backends.triton.compile import Variant
-from zo_kernels.backends.triton.perturb import LANES, STEPS, combine_kernel
+from zo_kernels.backends.triton.perturb import FIRST_TILE, LANES, ROW, STEPS, combine_kernel
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -19,7 +19,9 @@ TRITON_DTYPES = {
     torch.float16: tl.float16,
 }
 _KEPT = 4096  # tables; one takes 56 bytes per tensor, at least 512 on a GPU
-_tables: OrderedDict[tuple, tuple[Tensor, list[int]]] = OrderedDict()
+_tables: OrderedDict[tuple, tuple[Tensor, int]] = OrderedDict()
+# Tables that a captured CUDA graph reads at each replay, of which nobody tells the end.
+_captured: dict[tuple, tuple[Tensor, int]] = {}
 
 
 def signed(word: int) -> int:
@@ -40,28 +42,30 @@ def tile_table(
     offsets: Sequence[int],
     rows: Sequence[int],
     steps: int = STEPS,
-) -> tuple[Tensor, list[int]]:
-    """The int64 table (ROWS, tensors that are not empty) on the CPU, and each tensor's programs.
+) -> tuple[Tensor, int]:
+    """The int64 table (ROWS, tensors that are not empty) on the CPU, and the number of programs.
 
     ``rows`` are the tensors' places in the scales. A tensor's tiles begin where its memory is
     aligned (combine_kernel's ``shift``).
     """
     tile = LANES * 8 * steps
-    columns, programs = [], []
+    columns, programs = [], 0
     for d, s, stream, offset, row in zip(dst, src, streams, offsets, rows, strict=True):
         if d.numel() == 0:
-            programs.append(0)
             continue
         address = _address(d, offset)
         chunk = 16 // d.element_size()
         ahead = -(-address % 16 // d.element_size()) % chunk  # -shift
         begin, end = offset + ahead, offset + d.numel() + ahead
-        first = sum(programs)
         columns.append(
-            (first, address, _address(s, offset), offset, offset + d.numel(), stream, row)
+            (programs, address, _address(s, offset), offset, offset + d.numel(), stream, row)
         )
-        programs.append(-(-end // tile) - begin // tile)
+        programs += -(-end // tile) - begin // tile
     return torch.tensor(columns, dtype=torch.int64).t().contiguous(), programs
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def device_table(
@@ -71,7 +75,7 @@ def device_table(
     offsets: Sequence[int],
     rows: Sequence[int],
     device: torch.device,
-) -> tuple[Tensor, list[int]]:
+) -> tuple[Tensor, int]:
     """``tile_table`` on the device; made once for the same memory, streams and offsets.
 
     Raises:
@@ -85,11 +89,15 @@ def device_table(
         tuple(offsets),
         tuple(rows),
     )
-    found = _tables.get(key)
+    found = _captured.get(key) or _tables.get(key)
+    capturing = _capturing(device)
     if found is not None:
-        _tables.move_to_end(key)
+        if capturing:
+            _captured[key] = found
+        if key in _tables:
+            _tables.move_to_end(key)
         return found
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capturing:
         raise RuntimeError(
             "combine_: expected the same call once before the capture of a CUDA graph, got a list "
             "of tensors whose table is not on the device yet"
@@ -113,13 +121,15 @@ def device_arguments(
     return both[bytes_of_words:].view(torch.float32), both[:bytes_of_words].view(torch.int64)
 
 
-def sum_changes(
-    partials: Tensor, programs: Sequence[int], rows: Sequence[int], changes: Tensor
-) -> None:
-    """Add the kernel's partial sums (3, programs, LANES) to the tensors' rows of ``changes``."""
+def sum_changes(partials: Tensor, table: Tensor, changes: Tensor) -> None:
+    """Add the kernel's partial sums (3, programs, LANES) to the tensors' rows of ``changes``.
+
+    All on the device: nothing waits for the host, and a CUDA graph can hold it.
+    """
     sums = partials.double().sum(-1).t()
-    owners = [row for row, count in zip(rows, programs, strict=True) for _ in range(count)]
-    changes.index_add_(0, torch.tensor(owners, device=changes.device), sums)
+    programs = torch.arange(len(sums), device=table.device)
+    columns = torch.searchsorted(table[FIRST_TILE], programs, right=True) - 1
+    changes.index_add_(0, table[ROW][columns], sums)
 
 
 _SIGNATURE = {
