@@ -10,8 +10,8 @@ import torch
 from helpers import DTYPES, NAMES, assert_borders_intact, assert_same_bits, bordered
 
 import zo_kernels as zk
-from zo_kernels import ops, quantize
-from zo_kernels.ops import backend_reasons
+from zo_kernels import quantize
+from zo_kernels.ops import backend_reasons, dispatch
 
 
 @pytest.fixture(params=["reference", "triton"])
@@ -165,7 +165,7 @@ def test_empty_tensors(backend, device):
 def test_backends_by_device(monkeypatch):
     """On the CPU the reference, until there is a C++ kernel; a named backend never falls back."""
     weight = good()
-    monkeypatch.setattr(ops, "_triton_reason", lambda: "no GPU is visible")
+    monkeypatch.setattr(dispatch, "_triton_reason", lambda: "no GPU is visible")
     with pytest.raises(RuntimeError, match="backend 'triton': no GPU is visible"):
         zk.fake_quant(weight, "int4", backend="triton")
     with pytest.raises(RuntimeError, match="use 'reference' or 'triton'"):

@@ -13,7 +13,8 @@ import torch
 from helpers import assert_same_bits
 
 import zo_kernels as zk
-from zo_kernels import ops
+from zo_kernels.backends import native
+from zo_kernels.ops import combine, dispatch
 
 ROOT = Path(__file__).parents[1]
 ADDRESS = {"seed": 1, "directions": [2], "streams": [3]}
@@ -203,12 +204,12 @@ def test_emitters_check_their_address(function):
 def test_a_named_backend_never_falls_back(monkeypatch):
     """Unavailable ones say why and write nothing; an unknown instruction set lists the known."""
     weight = good()
-    monkeypatch.setattr(ops.native, "_reason", "the extension is not here")
+    monkeypatch.setattr(native, "_reason", "the extension is not here")
     message = "backend 'native': the extension is not here"
     refused(RuntimeError, message, [weight], [weight], backend="native")
     refused(RuntimeError, "ZO_KERNELS_STRICT=1 and the extension", [weight], [weight])
-    monkeypatch.setattr(ops.native, "_reason", None)
-    monkeypatch.setattr(ops, "_triton_reason", lambda: "no GPU is visible")
+    monkeypatch.setattr(native, "_reason", None)
+    monkeypatch.setattr(dispatch, "_triton_reason", lambda: "no GPU is visible")
     message = "backend 'triton': no GPU is visible"
     refused(RuntimeError, message, [weight], [weight], backend="triton")
     monkeypatch.setenv("ZO_KERNELS_ISA", "mmx")
@@ -220,8 +221,8 @@ def test_opcheck():
     """Schemas, mutation annotations, fake tensors and autograd registration of both ops."""
     rest = ([0.5, 0.25], [2], None, None, 1, [3, 4], [0, 5], 1.0, True, "normal", None, "native")
     tensors = [good(), good(7).bfloat16()]
-    torch.library.opcheck(ops._perturb_op, (tensors, *rest))
-    torch.library.opcheck(ops._combine_op, ([t.float() + 1 for t in tensors], tensors, *rest))
+    torch.library.opcheck(combine._perturb_op, (tensors, *rest))
+    torch.library.opcheck(combine._combine_op, ([t.float() + 1 for t in tensors], tensors, *rest))
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])

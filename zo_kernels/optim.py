@@ -252,8 +252,8 @@ class ZOSGD(torch.optim.Optimizer):
             ("distribution", self.mode.distribution),
             ("streams", self._streams),
         ):
-            if zo[key] != expected:
-                raise ValueError(f"load_state_dict: expected {key} {expected}, got {zo[key]}")
+            if zo.get(key) != expected:
+                raise ValueError(f"load_state_dict: expected {key} {expected}, got {zo.get(key)}")
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
         self.seed = self.mode.seed = zo["seed"]
         self.queries, self.steps = zo["queries"], zo["steps"]

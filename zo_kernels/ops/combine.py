@@ -1,27 +1,13 @@
-"""The public operations: validate, dispatch by device, registered with torch.library.
-
-One primitive does all the work:
-
-    dst = round(src_scale * src + sum_k scales[k] * z_k),   z_k = normal(seed, directions[k], ...)
-
-per element in binary32: ``acc = src_scale * float32(src)``, then ``acc = fma(scales[k], z_k, acc)``
-for k in order, then one rounding to dst's dtype. All backends give the same bits.
-"""
+"""dst = round(src_scale * src + sum_k scales[k] * z_k) over lists of tensors: the primitive."""
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from zo_kernels.backends import native, reference
 from zo_kernels.checks import (
-    DTYPES,
-    INDEX_LIMIT,
     check_changes,
     check_device_scales,
     check_offset,
@@ -38,70 +24,7 @@ from zo_kernels.checks import (
     scale_table,
 )
 from zo_kernels.noise import DISTRIBUTIONS
-
-BACKENDS = ("reference", "native", "triton")
-_warned: set[str] = set()
-
-
-def random_words(
-    count: int,
-    *,
-    seed: int,
-    direction: int,
-    stream: int,
-    offset: int = 0,
-    backend: str | None = None,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Philox words of elements [offset, offset + count): (count,) int64 with values below 2^32.
-
-    Args:
-        count: number of words, at least 0.
-        seed: 64-bit key, in [0, 2^64).
-        direction: in [0, 2^32); training uses those below 2^31.
-        stream: in [0, 2^32); ``stream_id(name)`` of a parameter.
-        offset: first element's index in the full parameter.
-        backend: None (by device), "reference", "native" or "triton".
-        device: where the result lives.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-    """
-    return _emit("random_words", count, seed, direction, stream, offset, backend, device)
-
-
-def normal(
-    count: int,
-    *,
-    seed: int,
-    direction: int,
-    stream: int,
-    offset: int = 0,
-    backend: str | None = None,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Elements [offset, offset + count) of z: (count,) float32, for looking at and testing.
-
-    Arguments and errors as for ``random_words``. Nothing in training calls it: z is never stored.
-    """
-    return _emit("normal", count, seed, direction, stream, offset, backend, device)
-
-
-def rademacher(
-    count: int,
-    *,
-    seed: int,
-    direction: int,
-    stream: int,
-    offset: int = 0,
-    backend: str | None = None,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Elements [offset, offset + count) of a Rademacher z, +1 or -1: (count,) float32.
-
-    Arguments and errors as for ``random_words``; nothing in training calls it.
-    """
-    return _emit("rademacher", count, seed, direction, stream, offset, backend, device)
+from zo_kernels.ops.dispatch import backend_for
 
 
 def perturb_(
@@ -217,7 +140,7 @@ def combine_(
     on_device = isinstance(scales, Tensor) or isinstance(directions, Tensor)
     if on_device:
         check_device_scales(scales, directions, dst, src)
-        if not all(hasattr(room, "DEVICE_SCALES") for room in rooms.values()):
+        if not all(room.DEVICE_SCALES for room in rooms.values()):
             scales, directions, on_device = scales.tolist(), directions.tolist(), False
     if not on_device:
         directions = expect_words("directions", directions)
@@ -336,106 +259,3 @@ def _run_combine(
         distribution=distribution,
         changes=changes,
     )
-
-
-def backend_reasons() -> dict[str, str | None]:
-    """Why each backend cannot be used on this machine, or None if it can."""
-    return {
-        "reference": None,
-        "native": native.unavailable_reason(),
-        "triton": _triton_reason(),
-    }
-
-
-def _triton_reason() -> str | None:
-    try:
-        from zo_kernels.backends import triton as room
-    except ImportError as error:
-        return f"triton did not import ({error}); install zo_kernels[gpu]"
-    return room.unavailable_reason()
-
-
-def _triton() -> ModuleType:
-    reason = _triton_reason()
-    if reason:
-        raise RuntimeError(f"backend 'triton': {reason}")
-    from zo_kernels.backends import triton as room
-
-    return room
-
-
-def backend_for(device: torch.device, name: str | None) -> ModuleType:
-    """The backend that works on a device: the named one, or by device.
-
-    Raises:
-        ValueError, RuntimeError: the name is unknown, or the backend cannot work there.
-    """
-    if name is not None and name not in BACKENDS:
-        raise ValueError(f"backend: expected None or one of {BACKENDS}, got {name!r}")
-    if name == "reference":
-        return reference
-    if name == "native":
-        if device.type != "cpu":
-            raise ValueError(f"backend 'native': expected tensors on cpu, got {device}")
-        if native.unavailable_reason():
-            raise RuntimeError(f"backend 'native': {native.unavailable_reason()}")
-        return native
-    if name == "triton":
-        room = _triton()
-        if device.type == "cpu" and not room.interpreting():
-            raise ValueError(
-                "backend 'triton': expected tensors on a GPU, got cpu "
-                "(TRITON_INTERPRET=1, set before triton is imported, runs it on the CPU)"
-            )
-        return room
-    if device.type != "cpu":
-        return _triton()
-    reason = native.unavailable_reason()
-    if reason is None:
-        return native
-    if os.environ.get("ZO_KERNELS_STRICT") == "1":
-        raise RuntimeError(f"ZO_KERNELS_STRICT=1 and {reason}")
-    if "native" not in _warned:
-        _warned.add("native")
-        warnings.warn(f"zo_kernels uses its slow reference backend: {reason}", stacklevel=3)
-    return reference
-
-
-def _emit(
-    what: str,
-    count: int,
-    seed: int,
-    direction: int,
-    stream: int,
-    offset: int,
-    backend: str | None,
-    device: torch.device | str,
-) -> Tensor:
-    device = torch.device(device)
-    count = expect_range("count", count, INDEX_LIMIT)
-    address = {
-        "seed": expect_range("seed", seed, 1 << 64),
-        "direction": expect_range("direction", direction, 1 << 32),
-        "stream": expect_range("stream", stream, 1 << 32),
-        "offset": expect_int("offset", offset),
-    }
-    check_offset("offset", offset, count)
-    room = backend_for(device, backend)
-    if count == 0:
-        dtype = torch.int64 if what == "random_words" else torch.float32
-        return torch.empty(0, dtype=dtype, device=device)
-    function: Callable[..., Tensor] = getattr(room, what)
-    return function(count, **address, device=device)
-
-
-__all__ = [
-    "BACKENDS",
-    "DTYPES",
-    "backend_for",
-    "backend_reasons",
-    "combine_",
-    "normal",
-    "perturb_",
-    "rademacher",
-    "random_words",
-]

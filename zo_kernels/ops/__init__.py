@@ -1,0 +1,26 @@
+"""The public operations: validate, dispatch by device, registered with torch.library.
+
+One primitive does all the work:
+
+    dst = round(src_scale * src + sum_k scales[k] * z_k),   z_k = normal(seed, directions[k], ...)
+
+per element in binary32: ``acc = src_scale * float32(src)``, then ``acc = fma(scales[k], z_k, acc)``
+for k in order, then one rounding to dst's dtype. All backends give the same bits.
+"""
+
+from zo_kernels.checks import DTYPES
+from zo_kernels.ops.combine import combine_, perturb_
+from zo_kernels.ops.dispatch import BACKENDS, backend_for, backend_reasons
+from zo_kernels.ops.emit import normal, rademacher, random_words
+
+__all__ = [
+    "BACKENDS",
+    "DTYPES",
+    "backend_for",
+    "backend_reasons",
+    "combine_",
+    "normal",
+    "perturb_",
+    "rademacher",
+    "random_words",
+]
