@@ -23,10 +23,10 @@ def expect_tensors(name: str, value: object) -> list[Tensor]:
     return list(value)
 
 
-def expect_length(name: str, value: Sequence, length: int) -> None:
-    """ValueError unless there is one entry per tensor of dst."""
+def expect_length(name: str, value: Sequence, length: int, of: str = "dst") -> None:
+    """ValueError unless there is one entry per tensor of the list named ``of``."""
     if len(value) != length:
-        raise ValueError(f"{name}: expected {length} (one per tensor of dst), got {len(value)}")
+        raise ValueError(f"{name}: expected {length} (one per tensor of {of}), got {len(value)}")
 
 
 def expect_int(name: str, value: object) -> int:
@@ -67,18 +67,20 @@ def expect_numbers(name: str, value: object) -> list[float]:
     return [expect_finite(f"{name}[{i}]", item) for i, item in enumerate(value)]
 
 
-def scale_table(scales: object, tensors: int, directions: int) -> list[list[float]]:
+def scale_table(
+    scales: object, tensors: int, directions: int, name: str = "scales"
+) -> list[list[float]]:
     """One row of factors per tensor, one factor per direction, from either form of scales."""
     if not isinstance(scales, (list, tuple)):
-        raise TypeError(f"scales: expected a list of floats, got {type(scales).__name__}")
+        raise TypeError(f"{name}: expected a list of floats, got {type(scales).__name__}")
     if any(isinstance(row, (list, tuple)) for row in scales):
-        expect_length("scales", scales, tensors)
-        table = [expect_numbers(f"scales[{i}]", row) for i, row in enumerate(scales)]
+        expect_length(name, scales, tensors)
+        table = [expect_numbers(f"{name}[{i}]", row) for i, row in enumerate(scales)]
     else:
-        table = [expect_numbers("scales", scales)] * tensors
+        table = [expect_numbers(name, scales)] * tensors
     for row in table:
         if len(row) != directions:
-            raise ValueError(f"scales: expected {directions} (one per direction), got {len(row)}")
+            raise ValueError(f"{name}: expected {directions} (one per direction), got {len(row)}")
     return table
 
 
@@ -97,12 +99,29 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_pair(i: int, d: Tensor, s: Tensor) -> None:
-    """Equal shapes and devices; ValueError otherwise."""
-    if d.shape != s.shape:
-        raise ValueError(f"src[{i}]: expected shape {tuple(d.shape)} as dst, got {tuple(s.shape)}")
-    if d.device != s.device:
-        raise ValueError(f"src[{i}]: expected device {d.device} as dst, got {s.device}")
+def check_pair(name: str, tensor: Tensor, other: Tensor, of: str) -> None:
+    """The shape and device of the other tensor, which is one of ``of``; ValueError otherwise."""
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"{name}: expected shape {tuple(other.shape)} as {of}, got {tuple(tensor.shape)}"
+        )
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: expected device {other.device} as {of}, got {tensor.device}")
+
+
+def check_residual(name: str, residual: Tensor, tensor: Tensor) -> None:
+    """Contiguous int8 of the tensor's shape, empty for float32, and on its device."""
+    shape = (0,) if tensor.dtype == torch.float32 else tuple(tensor.shape)
+    if residual.dtype != torch.int8 or not residual.is_contiguous():
+        raise TypeError(
+            f"{name}: expected contiguous int8, got {residual.dtype} with strides "
+            f"{residual.stride()}"
+        )
+    if tuple(residual.shape) != shape or residual.device != tensor.device:
+        raise ValueError(
+            f"{name}: expected shape {shape} on {tensor.device}, got {tuple(residual.shape)} on "
+            f"{residual.device}"
+        )
 
 
 def check_offset(name: str, offset: int, numel: int) -> None:
@@ -160,8 +179,8 @@ def check_device_scales(
         )
 
 
-def check_overlap(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
-    """dst tensors are pairwise disjoint, and each src is its dst exactly or touches no dst."""
+def check_overlap(dst: Sequence[Tensor], src: Sequence[Tensor], *, in_place: bool = True) -> None:
+    """dst tensors are pairwise disjoint, and each src touches no dst or, in place, is its dst."""
 
     def span(tensor: Tensor) -> tuple[int, int]:
         start = tensor.data_ptr()
@@ -169,8 +188,8 @@ def check_overlap(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
 
     spans = [(*span(d), "dst", i) for i, d in enumerate(dst) if d.numel()]
     for i, (d, s) in enumerate(zip(dst, src, strict=True)):
-        exact = s is d or (s.data_ptr() == d.data_ptr() and s.dtype == d.dtype)
-        if s.numel() and not exact:
+        same = s is d or (s.data_ptr() == d.data_ptr() and s.dtype == d.dtype)
+        if s.numel() and not (in_place and same):
             spans.append((*span(s), "src", i))
     spans.sort()
     # Sources may overlap each other; a written range may touch nothing else.

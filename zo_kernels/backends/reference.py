@@ -1,7 +1,6 @@
-"""The noise contract and the primitive in plain torch integer and float64 arithmetic.
+"""Every operation in plain torch: slow, exact, obvious.
 
-Slow, exact, obvious: what the other backends are compared with, bit for bit. It runs on any
-device. Unsigned 32-bit values are kept in int64 tensors.
+What the other backends are compared with, bit for bit. It runs on any device.
 """
 
 from __future__ import annotations
@@ -11,145 +10,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zo_kernels import noise
-from zo_kernels.backends.reference_quantize import fake_quant as fake_quant
+from zo_kernels.backends.reference_noise import (
+    CHUNK,
+    DRAW,
+    box_muller,
+    fma,
+    philox,
+    round_stochastic,
+    rounding_bits,
+    words,
+)
+from zo_kernels.backends.reference_quantize import fake_quant
+from zo_kernels.backends.reference_updates import add_changes, advance_, pair_, swap_
+
+__all__ = [
+    "advance_", "box_muller", "combine_", "fake_quant", "fma", "normal", "pair_", "philox",
+    "rademacher", "random_words", "round_stochastic", "swap_",
+]  # fmt: skip
 
 #: combine_ takes ``scales`` and ``directions`` as lists only.
 DEVICE_SCALES = False
-_MASK = 0xFFFFFFFF
-_CHUNK = 1 << 20  # elements at a time, to bound the temporaries
-_SIGN_BIT_CLEARED = 0x7FFFFFFF
-
-
-def _multiply(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """High and low words of the 64-bit product of u32 values with a u32 constant."""
-    upper, lower = a * (m >> 16), a * (m & 0xFFFF)  # below 2^48
-    return (upper + (lower >> 16)) >> 16, ((upper << 16) + lower) & _MASK
-
-
-def philox(
-    block: Tensor, *, seed: int, stream: int, direction: int, domain: int = 0
-) -> tuple[Tensor, ...]:
-    """The four Philox4x32-10 words of each block.
-
-    Args:
-        block: any shape, int64, block numbers (element index // 4).
-        domain: set in the second counter word.
-
-    Returns:
-        Four int64 tensors of block's shape with values below 2^32.
-    """
-    k0, k1 = seed & _MASK, seed >> 32
-    c0, c1 = block & _MASK, ((block >> 32) & _MASK) | domain
-    c2, c3 = torch.full_like(block, stream), torch.full_like(block, direction)
-    for _ in range(noise.PHILOX_ROUNDS):
-        high0, low0 = _multiply(c0, noise.PHILOX_M0)
-        high1, low1 = _multiply(c2, noise.PHILOX_M1)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + noise.PHILOX_W0) & _MASK, (k1 + noise.PHILOX_W1) & _MASK
-    return c0, c1, c2, c3
-
-
-def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
-    """Correctly rounded binary32 a * b + c of float32 values.
-
-    The product is exact in float64; the sum is rounded to odd there (Boldo and Melquiond, 2008),
-    so the final rounding to float32 is the only one that counts.
-    """
-    product = a.double() * (b.double() if isinstance(b, Tensor) else b)
-    addend = c.double() if isinstance(c, Tensor) else torch.full_like(product, c)
-    total = product + addend
-    # Knuth's two-sum: the exact rounding error of the addition.
-    back = total - product
-    error = (product - (total - back)) + (addend - back)
-    pattern = total.view(torch.int64)
-    away = (error > 0) == (total > 0)
-    nudge = torch.where(away, 1, -1)
-    even_and_inexact = (error != 0) & torch.isfinite(total) & (pattern & 1 == 0)
-    return torch.where(even_and_inexact, pattern + nudge, pattern).view(torch.float64).float()
-
-
-def _horner(x: Tensor, coefficients: Sequence[float]) -> Tensor:
-    result = fma(x, coefficients[-1], coefficients[-2])
-    for c in coefficients[-3::-1]:
-        result = fma(result, x, c)
-    return result
-
-
-def _bits(x: Tensor) -> Tensor:
-    return x.view(torch.int32).long() & _MASK
-
-
-def _from_bits(x: Tensor) -> Tensor:
-    return torch.where(x > _SIGN_BIT_CLEARED, x - (1 << 32), x).int().view(torch.float32)
-
-
-def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two float32 normals from two words (int64 below 2^32), as zo_kernels/noise.py states."""
-    u = _bits(((a & 0xFFFFFF00) | 0x80).float())
-    d = (0x4F800000 - u).float()
-    h = _from_bits((u & 0x7FFFFF) | 0x3F800000) - 1.5
-    y = fma(fma(h, h, -0.25), _horner(h, noise.RADIUS), d)
-    s = _from_bits(noise.RSQRT_SEED - (_bits(y) >> 1))
-    g = y * s
-    r = g * _horner(g * s, noise.SQRT)
-    t = fma((b & 0x7FFFFF00).float(), noise.ANGLE_SCALE, noise.ANGLE_SHIFT)
-    x = t * t
-    cosine = _horner(x, noise.COSINE)
-    cosine = _from_bits(_bits(cosine) ^ (b & 0x80000000))
-    return r * cosine, r * (_horner(x, noise.SINE) * t)
-
-
-def _words(start: int, count: int, address: dict, device: torch.device) -> Tensor:
-    """The words (int64) of elements [start, start + count)."""
-    blocks = torch.arange(start // 4, (start + count + 3) // 4, device=device)
-    return torch.stack(philox(blocks, **address), dim=1).flatten()[start % 4 : start % 4 + count]
-
-
-def _normal(start: int, count: int, address: dict, device: torch.device) -> Tensor:
-    first, end = start // 4 * 4, (start + count + 3) // 4 * 4
-    words = _words(first, end - first, address, device)
-    pairs = box_muller(words[0::2], words[1::2])
-    return torch.stack(pairs, dim=1).flatten()[start - first : start - first + count]
-
-
-def _rademacher(start: int, count: int, address: dict, device: torch.device) -> Tensor:
-    index = torch.arange(start, start + count, device=device)
-    block = index // noise.RADEMACHER_SPAN * 32 + index % 256 // noise.RADEMACHER_GROUP
-    words = torch.stack(philox(block, **address, domain=noise.RADEMACHER_DOMAIN))
-    byte = index % noise.RADEMACHER_SPAN // 256
-    word = words.gather(0, (byte // 4).unsqueeze(0)).squeeze(0)
-    bit = (word >> (byte % 4 * 8 + index % 8)) & 1
-    return (1 - 2 * bit).float()
-
-
-_DRAW = {"normal": _normal, "rademacher": _rademacher}
-
-
-def _rounding_bits(start: int, count: int, address: dict, device: torch.device) -> Tensor:
-    """16 bits (int64) of each element: the low bytes of its pair, its own word's first."""
-    first, end = start // 2 * 2, (start + count + 1) // 2 * 2
-    low = (_words(first, end - first, address, device) & 0xFF).view(-1, 2)
-    bits = (low << 8 | low.flip(1)).flatten()
-    return bits[start - first : start - first + count]
-
-
-def round_stochastic(value: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 values rounded to dtype by 16 random bits each (DESIGN: numerics, rule 3).
-
-    bfloat16: the bits are added below the kept 16 and the sum is truncated, so a value is rounded
-    up with probability equal to the fraction dropped. float16: the top 13 bits over the 13 that
-    are dropped in its normal range; to nearest below 2^-14. float32: unchanged. NaN stays NaN.
-    """
-    pattern = _bits(value)
-    if dtype == torch.bfloat16:
-        dithered = _from_bits(((pattern + bits) & _MASK) & 0xFFFF0000)
-    elif dtype == torch.float16:
-        dithered = _from_bits(((pattern + (bits >> 3)) & _MASK) & 0xFFFFE000)
-        dithered = torch.where(value.abs() < 2.0**-14, value, dithered)
-    else:
-        return value
-    return torch.where(value.isnan(), value, dithered).to(dtype)
 
 
 def combine_(
@@ -168,29 +48,26 @@ def combine_(
 ) -> None:
     """dst = round(src_scale * src + sum_k scales[.][k] z_k); see zo_kernels.ops.combine_."""
     factor = torch.tensor(src_scale, dtype=torch.float32)
-    draw = _DRAW[distribution]
+    draw = DRAW[distribution]
     if changes is not None:
         changes.zero_()
     for i, (d, s) in enumerate(zip(dst, src, strict=True)):
         coefficients = torch.tensor(scales[i], dtype=torch.float32).tolist()
         d_flat, s_flat = d.view(-1), s.view(-1)
-        for start in range(0, d.numel(), _CHUNK):
-            count = min(_CHUNK, d.numel() - start)
+        for start in range(0, d.numel(), CHUNK):
+            count = min(CHUNK, d.numel() - start)
             old = s_flat[start : start + count].float()
             acc = old * factor.to(s.device)
             for direction, c in zip(directions, coefficients, strict=True):
                 address = {"seed": seed, "stream": streams[i], "direction": direction}
                 acc = fma(draw(offsets[i] + start, count, address, d.device), c, acc)
             if stochastic:
-                bits = _rounding_bits(offsets[i] + start, count, address, d.device)
+                bits = rounding_bits(offsets[i] + start, count, address, d.device)
                 new = round_stochastic(acc, bits, d.dtype)
             else:
                 new = acc.to(d.dtype)
             if changes is not None:  # before the write: old is src itself if that is float32
-                moved, wanted = new.float() - old, acc - old
-                lost = ((moved == 0) & (wanted != 0)).sum()
-                sums = [(moved.double() ** 2).sum(), (wanted.double() ** 2).sum(), lost.double()]
-                changes[i] += torch.stack(sums).to(changes.device)
+                add_changes(changes[i], old, acc, new.float())
             d_flat[start : start + count] = new
 
 
@@ -199,7 +76,7 @@ def normal(
 ) -> Tensor:
     """Elements [offset, offset + count) of z: (count,) float32."""
     address = {"seed": seed, "stream": stream, "direction": direction}
-    return _normal(offset, count, address, device)
+    return DRAW["normal"](offset, count, address, device)
 
 
 def rademacher(
@@ -207,7 +84,7 @@ def rademacher(
 ) -> Tensor:
     """Elements [offset, offset + count) of z, +1 or -1: (count,) float32."""
     address = {"seed": seed, "stream": stream, "direction": direction}
-    return _rademacher(offset, count, address, device)
+    return DRAW["rademacher"](offset, count, address, device)
 
 
 def random_words(
@@ -215,4 +92,4 @@ def random_words(
 ) -> Tensor:
     """Words of elements [offset, offset + count): (count,) int64 with values below 2^32."""
     address = {"seed": seed, "stream": stream, "direction": direction}
-    return _words(offset, count, address, device)
+    return words(offset, count, address, device)

@@ -9,17 +9,24 @@ for k in order, then one rounding to dst's dtype. All backends give the same bit
 """
 
 from zo_kernels.checks import DTYPES
+from zo_kernels.ops.advance import Update, advance_
 from zo_kernels.ops.combine import combine_, perturb_
 from zo_kernels.ops.dispatch import BACKENDS, backend_for, backend_reasons
 from zo_kernels.ops.emit import normal, rademacher, random_words
+from zo_kernels.ops.pair import pair_
+from zo_kernels.ops.swap import Held
 
 __all__ = [
     "BACKENDS",
     "DTYPES",
+    "Held",
+    "Update",
+    "advance_",
     "backend_for",
     "backend_reasons",
     "combine_",
     "normal",
+    "pair_",
     "perturb_",
     "rademacher",
     "random_words",

@@ -10,20 +10,17 @@ from torch import Tensor
 from zo_kernels.checks import (
     check_changes,
     check_device_scales,
-    check_offset,
     check_overlap,
     check_pair,
     check_tensor,
     expect_finite,
-    expect_int,
     expect_length,
     expect_numbers,
-    expect_range,
     expect_tensors,
     expect_words,
     scale_table,
 )
-from zo_kernels.noise import DISTRIBUTIONS
+from zo_kernels.ops.arguments import check_lists, check_noise, stochastic
 from zo_kernels.ops.dispatch import backend_for
 
 
@@ -116,22 +113,14 @@ def combine_(
     """
     dst, src = expect_tensors("dst", dst), expect_tensors("src", src)
     expect_length("src", src, len(dst))
-    streams = expect_words("streams", streams)
-    expect_length("streams", streams, len(dst))
-    offsets = [0] * len(dst) if offsets is None else [expect_int("offsets", o) for o in offsets]
-    expect_length("offsets", offsets, len(dst))
-    seed = expect_range("seed", seed, 1 << 64)
+    streams, offsets = check_lists("dst", dst, streams, offsets)
+    seed = check_noise(seed, distribution)["seed"]
     src_scale = expect_finite("src_scale", src_scale)
-    if rounding not in ("nearest", "stochastic"):
-        raise ValueError(f"rounding: expected 'nearest' or 'stochastic', got {rounding!r}")
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"distribution: expected one of {DISTRIBUTIONS}, got {distribution!r}")
-    for i, (d, s, offset) in enumerate(zip(dst, src, offsets, strict=True)):
-        check_tensor(f"dst[{i}]", d)
+    dithered = stochastic(rounding)
+    for i, (d, s) in enumerate(zip(dst, src, strict=True)):
         if s is not d:
             check_tensor(f"src[{i}]", s)
-            check_pair(i, d, s)
-        check_offset(f"offsets[{i}]", offset, d.numel())
+            check_pair(f"src[{i}]", s, d, "dst")
     devices = {d.device for d in dst}
     # Refuse before anything is written.
     rooms = {device: backend_for(device, backend) for device in devices}
@@ -168,7 +157,7 @@ def combine_(
                 [streams[i] for i in picked],
                 [offsets[i] for i in picked],
                 src_scale,
-                rounding == "stochastic",
+                dithered,
                 distribution,
                 part,
                 backend or "",

@@ -1,0 +1,148 @@
+"""Held weights: perturbed in place, and had back bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import DTYPES, NAMES, assert_borders_intact, assert_same_bits, bordered, weights
+
+import zo_kernels as zk
+from zo_kernels.noise import DISTRIBUTIONS
+from zo_kernels.ops import Held
+
+SEED, DIRECTION = 2**63 + 99, 2**31 - 1
+PLACES = [(1, 0), (7, 3), (1500, 0), (4099, 4093), (9000, 2**34 - 4097), (300, 2**35 + 1)]
+STREAMS = [2**32 - 1, 0, 5, 6, 7, 8]
+
+
+def plain(tensors, scales, offsets, distribution, **options):
+    """The same perturbation out of place, by the reference."""
+    out = [t.cpu().clone() for t in tensors]
+    zk.combine_(
+        out, out, [[s] for s in scales], seed=SEED, directions=[DIRECTION],
+        streams=STREAMS[: len(out)], offsets=offsets, distribution=distribution,
+        backend="reference", **options,
+    )  # fmt: skip
+    return out
+
+
+def hold(tensors, scales, offsets, distribution, backend):
+    return Held(
+        tensors, scales, seed=SEED, direction=DIRECTION, streams=STREAMS[: len(tensors)],
+        offsets=offsets, distribution=distribution, backend=backend,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-3, 3.0, 1e30])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_both_points_and_the_way_back(backend, device, dtype, distribution, eps):
+    """Weights of all magnitudes, zeros, subnormals, infinities and NaN among them."""
+    made = [bordered(weights(n, dtype, n), device, shift=n % 3) for n, _ in PLACES]
+    tensors, offsets = [v for _, v in made], [o for _, o in PLACES]
+    before = [t.cpu().clone() for t in tensors]
+    scales = [eps * (1 + 0.1 * i) for i in range(len(tensors))]
+    held = hold(tensors, scales, offsets, distribution, backend)
+    for got, want in zip(tensors, plain(before, scales, offsets, distribution), strict=True):
+        assert_same_bits(got, want, "plus")
+    held.swap_([-s for s in scales])
+    points = plain(before, [-s for s in scales], offsets, distribution)
+    for got, want in zip(tensors, points, strict=True):
+        assert_same_bits(got, want, "minus")
+    held.release_()
+    for (buffer, view), want in zip(made, before, strict=True):
+        assert_same_bits(view, want, "restored")
+        assert_borders_intact(buffer, view)
+    with pytest.raises(RuntimeError, match="expected tensors that are held, got released ones"):
+        held.swap_(scales)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_the_update_joins_the_way_back(backend, device, dtype, distribution, rounding):
+    originals = [weights(n, dtype, n) for n, _ in PLACES]
+    originals[2] = torch.randn(1500).to(dtype)
+    tensors, offsets = [w.clone().to(device) for w in originals], [o for _, o in PLACES]
+    count = len(tensors)
+    held = hold(tensors, [1e-2] * count, offsets, distribution, backend)
+    held.swap_([-1e-2] * count)
+    update = [1e-4 * (1 + i) for i in range(count)]
+    changes = torch.empty(count, 3, dtype=torch.float64, device=device)
+    held.release_(update, src_scale=0.99, rounding=rounding, changes=changes)
+    reported = torch.empty(count, 3, dtype=torch.float64)
+    expected = plain(
+        originals, update, offsets, distribution, src_scale=0.99, rounding=rounding,
+        changes=reported,
+    )  # fmt: skip
+    for got, want in zip(tensors, expected, strict=True):
+        assert_same_bits(got, want)
+    assert torch.allclose(changes[2, :2].cpu(), reported[2, :2], rtol=1e-5, atol=0)
+    assert torch.equal(changes[2, 2].cpu(), reported[2, 2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("share", [0.33, 1.0])
+def test_many_zeros(backend, device, dtype, share):
+    """Each zero needs its whole value; never more memory than about a copy."""
+    generator = torch.Generator().manual_seed(1)
+    w = 0.02 * torch.randn(70_000, generator=generator)
+    w[torch.rand(70_000, generator=generator) < share] = 0.0
+    w[::7] = -w[::7]  # zeros of both signs
+    w = w.to(dtype)
+    tensor = w.clone().to(device)
+    held = hold([tensor], [1e-3], [0], "normal", backend)
+    assert held.nbytes <= w.nbytes + 4096
+    held.swap_([-1e-3])
+    assert held.nbytes <= w.nbytes + 4096
+    held.release_()
+    assert_same_bits(tensor, w)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_a_tenth_of_a_byte_per_weight(isa, dtype):
+    generator = torch.Generator().manual_seed(1)
+    w = (0.02 * torch.randn(1 << 20, generator=generator)).to(dtype)
+    tensor = w.clone()
+    held = hold([tensor], [1e-3], [0], "normal", "native")
+    assert 0.05 * w.numel() < held.nbytes <= 0.10 * w.numel()
+    held.swap_([-1e-3])
+    assert 0.05 * w.numel() < held.nbytes <= 0.10 * w.numel()
+    held.release_()
+    assert held.nbytes == 0
+    assert_same_bits(tensor, w)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=NAMES.get)
+def test_every_weight_comes_back_from_every_scale(isa, dtype, distribution):
+    """All 65536 patterns at scales from far below to far above them."""
+    patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    for exponent in range(-30, 20, 3 if dtype == torch.float16 else 5):
+        tensor = patterns.clone()
+        held = hold([tensor], [2.0**exponent * 1.3], [0], distribution, "native")
+        held.swap_([-(2.0**exponent) * 1.3])
+        held.release_()
+        assert_same_bits(tensor, patterns, exponent)
+
+
+def test_bad_arguments_leave_the_weights():
+    w = torch.randn(8)
+    before = w.clone()
+    options = {"seed": 0, "direction": 0, "streams": [1]}
+    with pytest.raises(ValueError, match=r"scales: expected 1 \(one per tensor of tensors\)"):
+        Held([w], [1.0, 2.0], **options)
+    with pytest.raises(ValueError, match=r"streams\[0\]: expected 0 <= streams\[0\] < 2\^32"):
+        Held([w], [1.0], seed=0, direction=0, streams=[2**32])
+    assert torch.equal(w, before)
+    held = Held([w], [1.0], **options)
+    perturbed = w.clone()
+    with pytest.raises(ValueError, match="scales: expected them together with src_scale"):
+        held.release_(rounding="stochastic")
+    with pytest.raises(ValueError, match=r"scales\[0\]: expected a finite float32 value, got nan"):
+        held.swap_([float("nan")])
+    with pytest.raises(ValueError, match="rounding: expected 'nearest' or 'stochastic', got 'up'"):
+        held.release_([1.0], rounding="up")
+    assert torch.equal(w, perturbed)
+    held.release_()
+    assert torch.equal(w, before)
