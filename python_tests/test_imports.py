@@ -26,7 +26,13 @@ FLOORS = {
     "__main__": 8,
 }
 # Helpers beside the stairs: they import nothing of the house but the floors named here.
-HELPERS = {"chat": set(), "checks": set(), "moments": {"noise", "ops"}, "vectors": {"ops"}}
+HELPERS = {
+    "chat": set(),
+    "checks": set(),
+    "files": set(),
+    "moments": {"noise", "ops"},
+    "vectors": {"ops"},
+}
 
 
 def imported(path: Path) -> set[str]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from zo_kernels.files import check_writable, write_file
 from zo_kernels.pipeline import rooms
 from zo_kernels.pipeline.doctor import machine
 from zo_kernels.pipeline.rivals import reason_of
@@ -56,23 +55,23 @@ def write_report(
     """
     settings.check()
     names = rooms.devices(wanted)
-    with _replaced(path) as write:
-        started, begin = datetime.now(timezone.utc), time.monotonic()
-        tell("looking at this machine")
-        found = {**machine(), **_torch_facts()}
-        records = verify(names, settings)
-        report = {
-            "tool": "zo-kernels doctor --verify",
-            "format": FORMAT,
-            "started": started.isoformat(timespec="seconds"),
-            "seconds": round(time.monotonic() - begin, 1),
-            "problems": problems(records),
-            "how": _HOW,
-            "settings": {"devices": names, **vars(settings)},
-            "machine": found,
-            "results": _by_kind(records),
-        }
-        write(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    check_writable(path)
+    started, begin = datetime.now(timezone.utc), time.monotonic()
+    tell("looking at this machine")
+    found = {**machine(), **_torch_facts()}
+    records = verify(names, settings)
+    report = {
+        "tool": "zo-kernels doctor --verify",
+        "format": FORMAT,
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - begin, 1),
+        "problems": problems(records),
+        "how": _HOW,
+        "settings": {"devices": names, **vars(settings)},
+        "machine": found,
+        "results": _by_kind(records),
+    }
+    write_file(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
     return report
 
 
@@ -94,28 +93,6 @@ def _torch_facts() -> dict[str, Any]:
         facts = {"failed": reason_of(error)}
     build = {"build": torch.__config__.show(), "parallel": torch.__config__.parallel_info()}
     return {"torch": build, "collect_env": facts}
-
-
-@contextmanager
-def _replaced(path: Path) -> Iterator[Callable[[str], None]]:
-    """Takes the new text of a file, which replaces the old in one step; OSError at once if not."""
-    work = path.with_name(f".{path.name}.new")
-    try:
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work.touch()
-    except OSError as error:
-        raise OSError(f"out: expected a file that can be written, got {path}: {error}") from error
-
-    def write(text: str) -> None:
-        work.write_text(text, encoding="utf-8")
-        os.replace(work, path)
-
-    try:
-        yield write
-    finally:
-        work.unlink(missing_ok=True)
 
 
 def table(report: dict[str, Any]) -> str:

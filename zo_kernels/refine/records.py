@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from zo_kernels.files import write_file
+
 #: Called as progress(what, done, total).
 Progress = Callable[[str, float, float], None]
 
@@ -29,7 +31,7 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; NaN and infinities become null, which is JSON."""
-        self._file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+        self._file.write(_line(record))
         self._file.flush()
 
     def __enter__(self) -> MetricsLog:
@@ -46,12 +48,7 @@ class MetricsLog:
 
 def write_records(path: str | os.PathLike[str], records: Sequence[dict[str, Any]]) -> None:
     """Replace a JSON-lines file in one step: it holds the old records or all of the new ones."""
-    target = Path(path)
-    work = target.with_name(f".{target.name}.new")
-    with MetricsLog(work, fresh=True) as log:
-        for record in records:
-            log.write(record)
-    os.replace(work, target)
+    write_file(path, "".join(map(_line, records)))
 
 
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -70,6 +67,10 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 break
             raise ValueError(f"{path}:{number}: expected a JSON object, got {line!r}") from error
     return records
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(_plain(record), allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:

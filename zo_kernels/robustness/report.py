@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zo_kernels.files import write_file
 from zo_kernels.robustness import plots
 from zo_kernels.robustness.suite import METRICS, paired, summary
 
@@ -77,16 +77,15 @@ def write_report(
     }
     page = _page(title, notes, names, records, table, pairs, differences)
     files = {
-        "summary.json": (json.dumps(document, indent=2, allow_nan=False) + "\n").encode(),
-        "summary.md": page.encode(),
+        "summary.json": json.dumps(document, indent=2, allow_nan=False) + "\n",
+        "summary.md": page,
         "metric_vs_noise.png": plots.metric_vs_noise(records, names),
     }
     if training_logs:
         files["loss_per_step.png"] = plots.loss_per_step(training_logs)
     root = Path(directory)
-    root.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        _write(root / name, data)
+        write_file(root / name, data)
     return {name: root / name for name in files}
 
 
@@ -247,18 +246,3 @@ def _coverage(limit: float, freedom: int) -> float:
     ]
     inner = 4 * sum(density[1:-1:2]) + 2 * sum(density[2:-1:2])
     return 2 * limit / steps / 3 * (density[0] + inner + density[-1])
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file under another name in the same directory, then rename it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes private files; a report is an ordinary one
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

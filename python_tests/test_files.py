@@ -1,0 +1,85 @@
+"""Files are replaced in one step, or stay as they were."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+import pytest
+
+from zo_kernels.files import check_writable, write_file
+from zo_kernels.refine.records import read_records, write_records
+
+
+@pytest.mark.parametrize("data", ["short\n\u00e9", b"\x00\xff"], ids=["text", "bytes"])
+def test_new_and_replaced(data, tmp_path):
+    """In a new folder, and over a longer file; an ordinary file, with nothing beside it."""
+    path = tmp_path / "new" / "folder" / "file"
+    content = data.encode() if isinstance(data, str) else data
+    write_file(path, data)
+    assert path.read_bytes() == content
+    path.write_text("something longer than it was before")
+    path.chmod(0o600)
+    write_file(path, data)
+    assert path.read_bytes() == content
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    path, link = tmp_path / "file", tmp_path / "link"
+    path.write_text("old")
+    link.symlink_to(path)
+    write_file(link, "new")
+    assert link.is_symlink() and path.read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "no space"), KeyboardInterrupt()], ids=repr
+)
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failing_write_leaves_the_old_file(step, error, tmp_path, monkeypatch):
+    """Whatever fails after the first byte; also where there was no file."""
+
+    def fail(*arguments):
+        raise error
+
+    path = tmp_path / "file"
+    path.write_text("old")
+    monkeypatch.setattr(os, step, fail)
+    for name in ("file", "other"):
+        with pytest.raises(type(error)):
+            write_file(tmp_path / name, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_records_are_replaced_together(tmp_path, monkeypatch):
+    path = tmp_path / "records.jsonl"
+    write_records(path, [{"a": 1}, {"a": float("nan")}])
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        write_records(path, [{"a": 2}, {"a": path}])
+    assert read_records(path) == [{"a": 1}, {"a": None}] and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_cannot_be_written(tmp_path):
+    """The check and the writing refuse the same, and neither changes anything."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(tmp_path.rglob("*"))
+    for name, reason in (
+        ("folder", "it is a folder"),
+        ("pipe", "it is a device or a pipe"),
+        ("file/inside", "File exists"),
+        ("x" * 300, "File name too long"),
+    ):
+        with pytest.raises(OSError, match=reason):
+            write_file(tmp_path / name, "new")
+        with pytest.raises(OSError, match=rf"report: expected a file .*{name}: .*{reason}"):
+            check_writable(tmp_path / name, "report")
+    check_writable(tmp_path / "file")
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "pipe").is_fifo()

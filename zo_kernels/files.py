@@ -1,0 +1,59 @@
+"""Files that are replaced in one step: under a name lies the old file or all of the new one."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+
+def write_file(path: str | os.PathLike[str], data: str | bytes) -> None:
+    """Write a file under a name beside its own, bring it to the disk, and rename it.
+
+    Args:
+        path: the file; of a link, the file that it leads to. Its folder is made if absent.
+        data: all of it; text becomes UTF-8.
+
+    Raises:
+        OSError: it cannot be written. What was under that name is as it was, whatever the reason
+            of a failure, and no part of the new file is left.
+    """
+    content = data.encode() if isinstance(data, str) else data
+    target, work = _places(path)
+    stream = work.open("xb")
+    try:
+        with stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(work, target)
+    except BaseException:
+        work.unlink(missing_ok=True)
+        raise
+
+
+def check_writable(path: str | os.PathLike[str], option: str = "out") -> None:
+    """Find out before long work whether ``write_file`` can put its result there; makes the folder.
+
+    Raises:
+        OSError: it cannot; names the option and the file, and says why.
+    """
+    try:
+        _, work = _places(path)
+        work.touch(exist_ok=False)
+        work.unlink()
+    except OSError as error:
+        raise OSError(
+            f"{option}: expected a file that can be written, got {path}: {error}"
+        ) from error
+
+
+def _places(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The file to replace, and a name beside it that is free; the folder is made."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError("it is a folder")
+    if target.exists() and not target.is_file():
+        raise OSError("it is a device or a pipe, not an ordinary file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target, target.with_name(f".{target.name}.{secrets.token_hex(4)}.new")
