@@ -437,6 +437,27 @@ def test_command_refuses_what_it_cannot_do(run, monkeypatch):
     assert status == 1 and "Triton is not installed" in error
 
 
+@pytest.mark.parametrize("out", ["folder", "file/code.json", "/proc/code.json"])
+def test_a_file_that_cannot_be_written_is_refused_first(out, tmp_path, monkeypatch, capsys):
+    """Before anything is compiled."""
+    monkeypatch.setattr(inspection, "compile_reports", lambda *a: pytest.fail("it compiles"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    assert cli.main(["inspect", "--out", out]) == 1
+    assert f"out: expected a file that can be written, got {out}" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+def test_a_failing_compiler_leaves_the_earlier_file(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "code.json"
+    path.write_text("earlier")
+    monkeypatch.setattr(inspection, "_MODULE", "no_such_module")
+    assert cli.main(["inspect", "--kernel", "combine bf16", "--out", str(path)]) == 1
+    assert "no_such_module" in capsys.readouterr().err
+    assert path.read_text() == "earlier" and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_failing_compiler_is_reported(monkeypatch):
     monkeypatch.setattr(inspection, "_MODULE", "no_such_module")
     with pytest.raises(RuntimeError, match=r"(?s)stopped with status 1:.*no_such_module"):

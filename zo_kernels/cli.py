@@ -362,17 +362,19 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    from zo_kernels.files import check_writable, write_file
     from zo_kernels.pipeline import inspection
     from zo_kernels.refine.records import progress_bar
 
     work = inspection.choose(options.target, options.kernel)
+    if options.out:
+        check_writable(options.out)
     with progress_bar("inspect") as progress:
         reports = inspection.compile_reports(work, progress)
     record = inspection.record(reports)
     text = json.dumps(record, indent=1)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n")
+        write_file(options.out, text + "\n")
     if options.json:
         print(text)
     else:
