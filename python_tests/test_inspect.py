@@ -413,6 +413,7 @@ def test_command_prints_a_table_and_json(run, tmp_path, reports):
     found = json.loads(shown)["reports"]
     assert status == 0 and [r["variant"] for r in found] == ["combine bf16", "combine fp32"]
     assert [p["gpu"] for p in found[0]["predictions"]] == ["H100 SXM", "H200 SXM"]
+    assert found[0]["contracted"] == 0 and found[0]["machine_fma"] > 0
     known = inspect.Report(**json.loads(json.dumps(asdict(reports["sm_90", "combine bf16"]))))
     assert known.narrow == 0 and found[0]["instructions"] == known.instructions
 

@@ -99,7 +99,11 @@ def record(reports: Sequence[Report]) -> dict[str, Any]:
     return {
         "versions": {name: version(name) for name in ("triton", "torch")},
         "reports": [
-            {**asdict(report), "predictions": [asdict(p) for p in _predictions(report)]}
+            {
+                **asdict(report),
+                "contracted": report.contracted,
+                "predictions": [asdict(p) for p in _predictions(report)],
+            }
             for report in reports
         ],
         "broken": broken_budgets(reports),

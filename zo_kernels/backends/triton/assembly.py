@@ -43,18 +43,16 @@ class Instruction:
     access: Access | None = None
 
 
-@dataclass
-class Code:
-    """What a reader finds in the output of one compilation.
+@dataclass(frozen=True)
+class Facts:
+    """What the output of one compilation says of the kernel as a whole.
 
     Attributes:
-        instructions: in the order of the text; no-operations and scheduling hints are left out.
-        labels: name -> index of the instruction that follows it.
         registers: vector registers per lane.
         scalar_registers: AMD's scalar registers per wave; None on NVIDIA.
         spills: kind -> bytes of a lane ("local", "stack", "scratch") or registers ("vgpr", "sgpr").
         shared: bytes of shared memory.
-        approximate: instruction -> count, in all of the kernel.
+        approximate: approximate or flushing instruction -> count.
         fma: fewest and most multiply-adds that the source asks for. They differ where it has
             packed ones, of which LLVM may leave a half undefined.
         machine_fma: multiply-adds in the machine code; more mean contraction.
@@ -64,8 +62,6 @@ class Code:
             own, such as div.rn.f32; contraction cannot be seen beside them.
     """
 
-    instructions: list[Instruction]
-    labels: dict[str, int]
     registers: int
     scalar_registers: int | None
     spills: dict[str, int]
@@ -75,7 +71,7 @@ class Code:
     machine_fma: int
     adds: int
     machine_adds: int
-    expansions: list[str] = field(default_factory=list)
+    expansions: list[str]
 
     @property
     def contracted(self) -> int:
@@ -89,6 +85,19 @@ class Code:
         if self.machine_fma < self.fma[0]:
             return max(0, self.adds - self.machine_adds)
         return max(0, self.machine_fma - self.fma[1])
+
+
+@dataclass(frozen=True)
+class Code(Facts):
+    """What a reader finds in the output of one compilation.
+
+    Attributes:
+        instructions: in the order of the text; no-operations and scheduling hints are left out.
+        labels: name -> index of the instruction that follows it.
+    """
+
+    instructions: list[Instruction]
+    labels: dict[str, int]
 
 
 @dataclass

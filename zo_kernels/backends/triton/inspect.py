@@ -10,11 +10,11 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 
 from zo_kernels.backends.triton import gcn, launch, quantize, sass
-from zo_kernels.backends.triton.assembly import Code, Instruction, hot_path
+from zo_kernels.backends.triton.assembly import Code, Facts, Instruction, hot_path
 from zo_kernels.backends.triton.compile import TARGETS, Variant, compile_variant
 
 WIDE = 16  # bytes of the widest access that all targets have
@@ -55,20 +55,12 @@ def check_targets(targets: Iterable[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Report:
-    """One variant on one target.
+class Report(Facts):
+    """One variant on one target: the facts of its compilation, and its hot path.
 
     Attributes:
         variant, target: the names.
         bytes_per_element: as in Variant.
-        registers: vector registers per lane.
-        scalar_registers: AMD's scalar registers per wave; None on NVIDIA.
-        spills: kind -> bytes of a lane, or registers; see assembly.Code.
-        shared: bytes of shared memory.
-        approximate: approximate or flushing instruction -> count in the kernel.
-        fma: fewest and most multiply-adds the source asks for.
-        machine_fma: multiply-adds in the machine code.
-        contracted: multiplications and additions that became one operation.
         region: "loop", or "kernel" where the widest stores are in no loop and all of the kernel is
             counted, or None where it stores nothing.
         elements: elements of dst that a lane stores in one iteration.
@@ -86,14 +78,6 @@ class Report:
     variant: str
     target: str
     bytes_per_element: float
-    registers: int
-    scalar_registers: int | None
-    spills: dict[str, int]
-    shared: int
-    approximate: dict[str, int]
-    fma: tuple[int, int]
-    machine_fma: int
-    contracted: int
     region: str | None = None
     elements: float = 0.0
     loads: tuple[int, ...] = ()
@@ -195,19 +179,8 @@ def _per_element(path: Sequence[Instruction], elements: float) -> dict[str, floa
 
 def describe(variant: Variant, target: str, code: Code) -> Report:
     """The report of a variant whose compiled code has been read."""
-    facts = {
-        "variant": variant.name,
-        "target": target,
-        "bytes_per_element": variant.bytes_per_element,
-        "registers": code.registers,
-        "scalar_registers": code.scalar_registers,
-        "spills": code.spills,
-        "shared": code.shared,
-        "approximate": code.approximate,
-        "fma": code.fma,
-        "machine_fma": code.machine_fma,
-        "contracted": code.contracted,
-    }
+    facts = {fact.name: getattr(code, fact.name) for fact in fields(Facts)}
+    facts.update(variant=variant.name, target=target, bytes_per_element=variant.bytes_per_element)
     path = hot_path(code.instructions, code.labels)
     if path is None:
         return Report(**facts)
