@@ -1,23 +1,20 @@
-"""doctor --verify: it sees wrong bits, survives what fails, and its numbers mean what it says."""
+"""doctor --verify: it sees wrong bits, survives what fails, and refuses before it measures."""
 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
-import time
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import special_values
 from torch.utils import collect_env
+from twin_gpu import Twin
 
 from zo_kernels import cli, noise, vectors
 from zo_kernels.backends import native
 from zo_kernels.pipeline import bug_report, cases, doctor, measure, rivals, rooms, timing, verify
-from zo_kernels.pipeline.cases import CASES, RAGGED_COUNT, RAGGED_OFFSET
+from zo_kernels.pipeline.cases import CASES, RAGGED_OFFSET
 from zo_kernels.pipeline.verify import Settings
 
 FEW = ("normal", "perturb_ fp32")
@@ -58,10 +55,6 @@ def verdicts(report, kind):
         (r["backend"], r["isa"], r.get("op") or r["case"]): r["bits"]
         for r in report["results"][kind]
     }
-
-
-def ignore(line):
-    pass
 
 
 def test_everything_is_right_on_this_cpu(here, uncompiled, tmp_path, capsys, monkeypatch):
@@ -268,68 +261,6 @@ def test_a_device_that_kills_its_process(ending, limit, reason, monkeypatch):
     assert verify.problems(records) == [f"interpreter: {reason}"]
 
 
-class Twin:
-    """torch.cuda's part in timing, on the CPU: events take the clock's time, in order of calls.
-
-    As on a GPU, a time can be read only after a synchronisation that followed the event.
-    """
-
-    def __init__(self):
-        self.log = []
-        self.clock = time.perf_counter
-        self.cleared = None
-
-    @contextmanager
-    def device(self, device):
-        self.log.append(("enter", device))
-        yield
-        self.log.append(("leave", device))
-
-    def synchronize(self, device):
-        self.log.append(("synchronize", device))
-
-    def Event(self, enable_timing):
-        assert enable_timing
-        return TwinEvent(self)
-
-
-class TwinEvent:
-    def __init__(self, twin):
-        self.twin = twin
-
-    def record(self):
-        assert self.twin.cleared is None or (self.twin.cleared == 0).all()
-        self.time = self.twin.clock()
-        self.place = len(self.twin.log)
-        self.twin.log.append(("record", None))
-
-    def elapsed_time(self, end):
-        later = [what for what, _ in self.twin.log[max(self.place, end.place) :]]
-        if "synchronize" not in later:
-            raise RuntimeError("Both events must be completed before calculating elapsed time.")
-        return (end.time - self.time) * 1e3
-
-
-def test_event_timer(monkeypatch):
-    """Clear, event, call, event, synchronise, in that order on that device; milliseconds to s."""
-    monkeypatch.setattr(timing, "_CLEARED", 1 << 16)
-    twin, now = Twin(), [10.0]
-    twin.clock = lambda: now[0]
-    timer = timing.EventTimer(torch.device("cpu"), twin)
-    twin.cleared = timer._cleared.fill_(1)
-    now[0] = 11.0
-
-    def call():
-        twin.log.append(("call", None))
-        now[0] += 2.5
-
-    assert timer(call) == 2.5
-    assert [what for what, _ in twin.log] == [
-        *("enter", "record", "call", "record", "synchronize", "leave")
-    ]
-    assert {place for _, place in twin.log if place} == {torch.device("cpu")}
-
-
 def test_the_gpus_path_on_a_twin(here, uncompiled, few_cases, tmp_path, monkeypatch):
     """A GPU whose kernels run in the interpreter here, timed by a twin's events."""
     twin = Twin()
@@ -348,7 +279,7 @@ def test_the_gpus_path_on_a_twin(here, uncompiled, few_cases, tmp_path, monkeypa
     assert rooms.devices() == ["cpu", "cuda:0", "cuda:1"]
     assert rooms.full_elements("cuda:0") == 1 << 24  # of 64 bytes
     settings = Settings(elements=4096, rounds=3, cases=("perturb_ fp32",))
-    report = bug_report.write_report(tmp_path / "report.json", ["cuda:1"], settings, ignore)
+    report = bug_report.write_report(tmp_path / "report.json", ["cuda:1"], settings, print)
     assert report["problems"] == []
     assert report["machine"]["devices"]["cuda:1"] == {"name": "Twin", "total_memory": 1 << 30}
     results = report["results"]
@@ -359,132 +290,3 @@ def test_the_gpus_path_on_a_twin(here, uncompiled, few_cases, tmp_path, monkeypa
     # Four calls in three rounds, two events each: both kernels, the copy and MeZO's loop.
     assert [what for what, _ in twin.log].count("record") == 4 * 3 * 2
     assert "cuda:1, float32" in bug_report.table(report)
-
-
-def test_the_interpreters_part_of_the_table():
-    """The vectors it computes have all kinds of lines, each type as source and result, and both
-    roundings."""
-    part = vectors.read()[:: measure.INTERPRETED_STEP]
-    assert {vector.kind for vector in part} == {vector.kind for vector in vectors.read()}
-    updates = [vector.fields for vector in part if vector.kind == "update"]
-    assert len({fields[4] for fields in updates}) == len({fields[9] for fields in updates}) == 3
-    assert {fields[8] for fields in updates} == {"nearest", "stochastic"}
-
-
-def test_why_the_rival_does_not_compile(tmp_path, monkeypatch):
-    """No compiler, or no end of compiling: that is the reason, and nothing hangs."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    arguments = ("cpu", 4096, [torch.float32])
-    assert rivals.compile_reason(*arguments, seconds=0.05) == "compiling took longer than 0.05 s"
-    monkeypatch.setenv("CXX", str(tmp_path / "no compiler"))
-    reason = rivals.compile_reason(*arguments)
-    assert reason is not None and "no compiler" in reason
-
-
-def test_the_compiled_rival_works_on_fewer_elements_of_a_cpu(monkeypatch):
-    """It is timed on a 16th of the elements, per element; here it runs without a compiler."""
-    sizes = []
-
-    def eager(scale):
-        return lambda p: (sizes.append(p.numel()), p.add_(torch.randn_like(p), alpha=scale))
-
-    monkeypatch.setattr(rivals, "compiled_perturb", eager)
-    monkeypatch.setattr(rivals, "compile_reason", lambda *arguments: None)
-    settings = Settings(elements=1 << 16, rounds=3, cases=("perturb_ fp32",))
-    records = list(verify.verify_device("cpu", settings, ignore))
-    compiled = records[-1]
-    assert (compiled["case"], compiled["reason"]) == (measure.COMPILED, None)
-    assert compiled["elements"] == 4096 and sizes == [4096] * 4  # one before the rounds
-    kernel = next(r for r in records if r["kind"] == "kernel")
-    assert kernel["speed"]["times_compiled"] > 0
-
-
-def test_mezo_is_seeded_and_leaves_the_global_generator():
-    """The rival's loop draws the same for a seed, in the parameter's dtype, once per parameter."""
-    state = torch.get_rng_state()
-    a, b = ([torch.zeros(50_000, dtype=torch.bfloat16) for _ in range(2)] for _ in range(2))
-    rivals.mezo_perturb_(a, 0.5, seed=3)
-    rivals.mezo_perturb_(b, 0.5, seed=3)
-    assert torch.equal(a[0], b[0]) and not torch.equal(a[0], a[1])
-    assert a[0].float().std().item() == pytest.approx(0.5, rel=0.03)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_turns_rounds_and_budget():
-    """Every case once per round in order; after the budget no round begins beyond the third."""
-    log = []
-    calls = {name: (lambda name=name: log.append(name)) for name in "ab"}
-    times = timing.interleave(calls, 4, warmup=2)
-    assert log == ["a", "b"] * 6 and [len(times[name]) for name in "ab"] == [4, 4]
-    slow = {"a": lambda: time.sleep(0.01)}
-    times = timing.interleave(slow, 50, warmup=0, budget=0.005)
-    assert len(times["a"]) == timing.LEAST_ROUNDS and min(times["a"]) >= 0.01
-
-
-def test_speeds_are_per_element_and_from_one_round():
-    """Different sizes are normalised; ratios are medians of rounds' ratios, not of medians."""
-
-    def entry(elements, traffic, passes=0):
-        return measure.Timed(lambda: None, elements, traffic, {}, passes)
-
-    timed = {
-        "ours": entry(1000, 4, passes=3),
-        measure.COPY: entry(1000, 4),
-        measure.MEZO: entry(1000, 8),
-        measure.COMPILED: entry(100, 4),
-    }
-    times = {
-        "ours": [1.0, 2.0, 4.0],
-        measure.COPY: [0.5, 0.2, 1.0],
-        measure.MEZO: [7.0, 4.0, 4.0],
-        measure.COMPILED: [2.0, 2.0, 2.0],
-    }
-    speed = measure.speed("ours", timed, times)
-    assert speed["elements_per_second"] == 500 and speed["gigabytes_per_second"] == 2e-6
-    assert speed["share_of_copy"] == statistics.median([0.5, 0.1, 0.25]) == 0.25
-    assert speed["times_mezo"] == 3 * 2 and speed["times_compiled"] == 3 * 10
-    assert speed["seconds"]["range"] == [1, 4] and speed["seconds"]["median"] == 2
-    assert measure.speed(measure.MEZO, timed, times)["times_mezo"] is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_difference_compares_bits(dtype):
-    """The sign of zero and one bit count, a NaN's payload does not, another dtype is an error."""
-    values = special_values(dtype)
-    assert cases.difference(values, values.clone()) is None
-    other = values.clone()
-    other[1] = 0.0
-    found = cases.difference(other, values, first=100)
-    assert (found["index"], found["differing"]) == (101, 1)
-    sign = 1 << (8 * dtype.itemsize - 1)
-    assert (int(found["expected"], 16), int(found["got"], 16)) == (sign, 0)
-    other = values.clone()
-    other[values.isnan()] = torch.nan
-    assert cases.difference(other, values) is None
-    with pytest.raises(TypeError, match=r"expected torch\.float64"):
-        cases.difference(values, values.double())
-    with pytest.raises(ValueError, match="expected shape"):
-        cases.difference(values[1:], values)
-
-
-def test_windows_and_weights():
-    """The first, the middle and the last elements; a window's weights are the buffer's there."""
-    for count in (1, 4096, 28672, 28673, 100_003, 1 << 24):
-        parts = cases.windows(count)
-        assert parts[0][0] == 0 and sum(parts[-1]) == count
-        assert all(start % cases.ALIGNMENT == 0 for start, _ in parts)
-    assert len(parts) == 3 and sum(n for _, n in parts) == sum(cases.WINDOWS)
-    memory = cases.buffers(torch.bfloat16, 200_001, "cpu", "native")
-    memory.fill()
-    part = cases.buffers(torch.bfloat16, 70_000, "cpu", "native", shift=3)
-    part.fill(start=130_001)
-    assert torch.equal(part.weights, memory.weights[130_001:]) and memory.scratch.isnan().all()
-    assert part.weights.storage_offset() == 3 and part.weights.std() > 0.01
-
-
-def test_every_case_is_one_of_its_own():
-    """Names are unique; sizes divide; the ragged run does cross the change of the counter."""
-    assert len({case.name for case in CASES}) == len(CASES)
-    for case in CASES:
-        assert cases.ALIGNMENT % case.multiple == 0 and case.traffic > 0
-    assert RAGGED_OFFSET < 1 << 34 < RAGGED_OFFSET + RAGGED_COUNT
