@@ -93,3 +93,15 @@ def bits(model: Any) -> dict[str, torch.Tensor]:
         name: tensor.detach().clone().contiguous().view(torch.uint8)
         for name, tensor in model.state_dict().items()
     }
+
+
+def closure_of(model: Any) -> Callable[[], torch.Tensor]:
+    """The model's loss on the tiny batch, to call again and again."""
+    batch = tiny_batch()
+    return lambda: model(**batch, use_cache=False).loss
+
+
+def same_bits(model: Any, before: dict[str, torch.Tensor]) -> bool:
+    """Whether all weights are those of an earlier ``bits``."""
+    after = bits(model)
+    return all(torch.equal(after[name], before[name]) for name in before)
