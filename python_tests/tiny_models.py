@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers import (
     Qwen2Config,
 )
 
+SPECIALS = ("<unk>", "<|im_start|>", "<|im_end|>")
 WORDS = (
     "how do i open a door safely please tell me turn the key and push it is sorry but can not help "
     "with that in any way write story about cat sun what why you here answer good day now"
@@ -27,20 +28,31 @@ CHATML = (
 )
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer with a ChatML template; its padding token is its end token."""
-    tokens = ["<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant", *dict.fromkeys(WORDS)]
-    core = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+def word_tokenizer(
+    words: Iterable[str], template: str, split: Any = pre_tokenizers.WhitespaceSplit, **options: Any
+) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with a chat template; its padding token is its end token.
+
+    The unknown word and both marks of ChatML have the first ids, in this order.
+    """
+    ids = {word: i for i, word in enumerate([*SPECIALS, *words])}
+    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    core.pre_tokenizer = split()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         unk_token="<unk>",
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
+        **options,
     )
-    tokenizer.chat_template = CHATML
+    tokenizer.chat_template = template
     return tokenizer
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of WORDS without a token of its own for the beginning."""
+    words = ["user", "assistant", *dict.fromkeys(WORDS)]
+    return word_tokenizer(words, CHATML, additional_special_tokens=["<|im_start|>"])
 
 
 _COMMON = {"vocab_size": 64, "max_position_embeddings": 128}
