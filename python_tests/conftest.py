@@ -21,8 +21,9 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).parent))
 
 # After the settings above.
+from helpers import runnable
+
 from zo_kernels.backends import native
-from zo_kernels.ops import backend_reasons
 
 ISAS = native.available_isas()
 BACKENDS = ["reference", *(f"native-{isa}" for isa in ISAS), "triton"]
@@ -32,9 +33,7 @@ BACKENDS = ["reference", *(f"native-{isa}" for isa in ISAS), "triton"]
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of each backend in turn; the native one once per instruction set of this machine."""
     name, _, isa = request.param.partition("-")
-    reason = backend_reasons()[name]
-    if reason:
-        pytest.skip(reason)
+    runnable(name)
     if isa:
         monkeypatch.setenv("ZO_KERNELS_ISA", isa)
     return name

@@ -5,14 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 import zo_kernels as zk
+from zo_kernels.ops import backend_reasons
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+QUANTISING = ("reference", "triton")  # the backends that have fake_quant
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _MASK = 0xFFFFFFFF
+
+
+def runnable(backend: str) -> str:
+    """The name of a backend; the test is skipped where this machine cannot run it."""
+    reason = backend_reasons()[backend]
+    if reason:
+        pytest.skip(reason)
+    return backend
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import math
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -80,62 +81,52 @@ def u32(value: int) -> ctypes.c_uint32:
     return ctypes.c_uint32(value)
 
 
-def run_combine(
-    kernels,
-    src,
-    dst,
-    begin,
-    directions,
-    scales,
-    src_scale,
-    stochastic,
-    distribution="normal",
-    changes=None,
-) -> None:
+class Job(NamedTuple):
+    """What both sides compute for one range: the address of its first element, and the rest."""
+
+    begin: int
+    directions: list[int]
+    scales: list[float]
+    src_scale: float
+    stochastic: bool
+    distribution: str = "normal"
+
+
+def run_combine(kernels, src, dst, job, changes=None) -> None:
     """One job, as csrc/parallel.cpp would hand it over."""
-    count = len(directions)
+    count = len(job.directions)
     kernels.combine_job(
-        DISTRIBUTION_CODES[distribution],
+        DISTRIBUTION_CODES[job.distribution],
         DTYPES.index(src.dtype),
         DTYPES.index(dst.dtype),
-        int(stochastic),
+        int(job.stochastic),
         pointer(src),
         pointer(dst),
-        u64(begin),
-        u64(begin + src.numel()),
+        u64(job.begin),
+        u64(job.begin + src.numel()),
         u64(SEED),
         u32(STREAM),
         count,
-        (ctypes.c_uint32 * count)(*directions),
-        (ctypes.c_float * count)(*scales),
-        ctypes.c_float(src_scale),
+        (ctypes.c_uint32 * count)(*job.directions),
+        (ctypes.c_float * count)(*job.scales),
+        ctypes.c_float(job.src_scale),
         None if changes is None else pointer(changes),
     )
 
 
-def expect_combine(
-    src,
-    dtype,
-    begin,
-    directions,
-    scales,
-    src_scale,
-    stochastic,
-    distribution="normal",
-    changes=None,
-) -> torch.Tensor:
+def expect_combine(src, dtype, job, changes=None) -> torch.Tensor:
     out = torch.empty_like(src, dtype=dtype)
     zk.combine_(
         [out],
         [src],
-        scales,
+        job.scales,
         seed=SEED,
-        directions=directions,
+        directions=job.directions,
         streams=[STREAM],
-        offsets=[begin],
-        rounding="stochastic" if stochastic else "nearest",
-        src_scale=src_scale,
-        distribution=distribution,
+        offsets=[job.begin],
+        rounding="stochastic" if job.stochastic else "nearest",
+        src_scale=job.src_scale,
+        distribution=job.distribution,
         changes=changes,
         backend="reference",
     )
@@ -183,11 +174,11 @@ def test_combine(kernels, src_dtype, dst_dtype, stochastic, distribution):
     for i, (begin, end) in enumerate(RANGES):
         source = weights(end - begin, src_dtype, seed=i)
         directions, scales = ([5], [1e-2]) if i % 2 else ([5, 2**32 - 1, 7], [1e-2, -3e-3, 0.5])
-        rest = (begin, directions, scales, 1.0 if i % 3 else 0.875, stochastic, distribution)
-        expected = expect_combine(source, dst_dtype, *rest)
+        job = Job(begin, directions, scales, 1.0 if i % 3 else 0.875, stochastic, distribution)
+        expected = expect_combine(source, dst_dtype, job)
         src_buffer, src = bordered(source)
         dst_buffer, dst = bordered(torch.empty_like(expected))
-        run_combine(kernels, src, dst, *rest)
+        run_combine(kernels, src, dst, job)
         assert_same_bits(dst, expected, (begin, end))
         assert_borders_intact(src_buffer, src)
         assert_borders_intact(dst_buffer, dst)
@@ -198,10 +189,10 @@ def test_more_directions_than_are_prepared(kernels, distribution):
     """19 directions, three beyond those whose part outside the inner loop is kept (16)."""
     directions, scales = list(range(19)), [1e-3 * (k + 1) for k in range(19)]
     source = weights(600, torch.bfloat16)
-    rest = (4096 - 300, directions, scales, 0.999, True, distribution)
+    job = Job(4096 - 300, directions, scales, 0.999, True, distribution)
     out = torch.empty_like(source)
-    run_combine(kernels, source, out, *rest)
-    assert_same_bits(out, expect_combine(source, torch.bfloat16, *rest))
+    run_combine(kernels, source, out, job)
+    assert_same_bits(out, expect_combine(source, torch.bfloat16, job))
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTION_CODES)
@@ -214,13 +205,13 @@ def test_changes(kernels, src_dtype, dst_dtype, distribution):
         generator = torch.Generator().manual_seed(i)
         source = (0.02 * torch.randn(end - begin, generator=generator)).to(src_dtype)
         directions, scales = ([5], [2e-5]) if i % 2 else ([5, 7], [1e-5, 2e-5])
-        rest = (begin, directions, scales, 1.0, i % 3 == 0, distribution)
+        job = Job(begin, directions, scales, 1.0, i % 3 == 0, distribution)
         wanted, got = (torch.full((1, 3), math.nan, dtype=torch.float64) for _ in range(2))
-        expected = expect_combine(source, dst_dtype, *rest, wanted)
+        expected = expect_combine(source, dst_dtype, job, wanted)
         in_place = src_dtype == dst_dtype and i % 4 > 1
         src = source.clone()
         buffer, dst = bordered(src if in_place else torch.empty_like(expected))
-        run_combine(kernels, dst if in_place else src, dst, *rest, got)
+        run_combine(kernels, dst if in_place else src, dst, job, got)
         assert_same_bits(dst, expected, (begin, end))
         assert_borders_intact(buffer, dst)
         torch.testing.assert_close(got[:, :2], wanted[:, :2], rtol=1e-5, atol=0.0)
@@ -244,10 +235,10 @@ def test_subnormal_results(kernels, dtype, stochastic):
     values = (torch.rand(1024, generator=generator).double() * 4 - 2) * tiny
     values[512:768] += torch.sign(values[512:768]) * 4 * tiny  # whole vectors of normal numbers
     source = values.float()
-    rest = (0, [1], [tiny / 64], 1.0, stochastic)
-    expected = expect_combine(source, dtype, *rest)
+    job = Job(0, [1], [tiny / 64], 1.0, stochastic)
+    expected = expect_combine(source, dtype, job)
     out = torch.empty_like(expected)
-    run_combine(kernels, source, out, *rest)
+    run_combine(kernels, source, out, job)
     assert_same_bits(out, expected)
     assert ((expected != 0) & (expected.abs() < tiny)).sum() > 100
 
@@ -265,10 +256,10 @@ def test_every_rounding_of_half_and_bfloat16(kernels):
     patterns = torch.cat([patterns, patterns | 1 << 31])
     source = torch.where(patterns >> 31 == 1, patterns - (1 << 32), patterns)
     source = source.int().view(torch.float32)
-    rest = (0, [0], [0.0], 1.0, False)
+    job = Job(0, [0], [0.0], 1.0, False)
     for dtype in (torch.bfloat16, torch.float16):
         out = torch.empty_like(source, dtype=dtype)
-        run_combine(kernels, source, out, *rest)
+        run_combine(kernels, source, out, job)
         # -0 + 0 z may be +0, so zeros are compared without their sign.
         expected = source.to(dtype)
         nonzero = source != 0
@@ -276,7 +267,7 @@ def test_every_rounding_of_half_and_bfloat16(kernels):
         assert (out[~nonzero] == 0).all()
         everything = torch.arange(-(2**15), 2**15).short().view(dtype)
         out = torch.empty(2**16)
-        run_combine(kernels, everything, out, *rest)
+        run_combine(kernels, everything, out, job)
         nonzero = everything != 0
         assert_same_bits(out[nonzero], everything.float()[nonzero], dtype)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import DTYPES, NAMES, assert_same_bits
+from helpers import DTYPES, NAMES, QUANTISING, assert_same_bits, runnable
 
 import zo_kernels as zk
 from zo_kernels.backends import reference_quantize
@@ -33,13 +33,10 @@ FP8 = {
 }
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=QUANTISING)
 def backend(request: pytest.FixtureRequest) -> str:
     """The backends that have the op."""
-    reason = backend_reasons()[request.param]
-    if reason:
-        pytest.skip(reason)
-    return request.param
+    return runnable(request.param)
 
 
 @pytest.fixture

@@ -7,20 +7,25 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import DTYPES, NAMES, assert_borders_intact, assert_same_bits, bordered
+from helpers import (
+    DTYPES,
+    NAMES,
+    QUANTISING,
+    assert_borders_intact,
+    assert_same_bits,
+    bordered,
+    runnable,
+)
 
 import zo_kernels as zk
 from zo_kernels import quantize
-from zo_kernels.ops import backend_reasons, dispatch
+from zo_kernels.ops import dispatch
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=QUANTISING)
 def backend(request: pytest.FixtureRequest) -> str:
     """The backends that have the op."""
-    reason = backend_reasons()[request.param]
-    if reason:
-        pytest.skip(reason)
-    return request.param
+    return runnable(request.param)
 
 
 def good() -> torch.Tensor:
