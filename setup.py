@@ -59,7 +59,7 @@ ISA_FLAGS = {
     },
     "aarch64": {"scalar": [], "neon": []},
 }
-PLAIN_SOURCES = ["dispatch.cpp", "parallel.cpp", "bindings.cpp"]
+PLAIN_SOURCES = ["dispatch.cpp", "exceptions.cpp", "parallel.cpp", "bindings.cpp"]
 
 
 def isa_defines(isa: str) -> list[str]:

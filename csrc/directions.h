@@ -4,6 +4,8 @@
 //   VECTORS                                 vectors of a step, several of which make a pass
 //   go_to(at)                               before the pass over elements at .. at + STRIDE - 1
 //   choose(k)                               before draws of a direction other than the first
+//   round_by(k)                             before draws with the rounding bits of direction k, if
+//                                           it is not the job's last
 //   draw<BITS>(with_bits, from, z, random)  for the step that begins at element at + from: z and,
 //                                           if both say so, the elements' rounding bits
 #pragma once
@@ -47,6 +49,8 @@ class Normal {
     if (k >= PREPARED) prologues_[PREPARED] = normal_prologue(job_, keys_, k);
     chosen_ = k < PREPARED ? k : PREPARED;
   }
+
+  void round_by(int) {}  // its words are those of the direction that is drawn
 
   template <bool BITS>
   ZO_INLINE void draw(bool with_bits, size_t, VF* z, VI* random) const {
@@ -106,6 +110,8 @@ class Rademacher {
     chosen_ = k < PREPARED ? k : PREPARED;
   }
 
+  void round_by(int k) { rounding_ = normal_prologue(job_, keys_, k); }
+
   template <bool BITS>
   ZO_INLINE void draw(bool with_bits, size_t from, VF* z, VI* random) const {
     draw_signs<VECTORS>(signs_[chosen_], place_, from, z);
@@ -126,7 +132,7 @@ class Rademacher {
 
   const Job& job_;
   const Keys keys_;
-  const Prologue rounding_;
+  Prologue rounding_;
   uint64_t at_ = 0, superblock_ = ~uint64_t{0};
   SignPlace place_;
   int chosen_ = 0;

@@ -11,7 +11,7 @@
 #include "simd_scalar.h"
 #endif
 
-#include "perturb.h"
+#include "tables.h"
 
 #define ZO_JOIN_(a, b) a##b
 #define ZO_JOIN(a, b) ZO_JOIN_(a, b)

@@ -2,15 +2,12 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <stdexcept>
 
 #include "ieee.h"
 
 namespace zo {
 namespace {
-
-// Elements per piece: small enough to balance two threads over one layer, large enough that the
-// set-up is lost in it, and a divisor of 2^34, where the high counter word changes.
-constexpr uint64_t PIECE = uint64_t{1} << 16;
 
 constexpr int STATISTICS = 3;  // of Job::changes
 
@@ -27,6 +24,8 @@ std::vector<Task> cut(const std::vector<Task>& tasks) {
       if (task.job.src)
         piece.job.src = static_cast<const char*>(task.job.src) + done * task.src_itemsize;
       piece.job.dst = static_cast<char*>(task.job.dst) + done * task.dst_itemsize;
+      if (task.job.other)
+        piece.job.other = static_cast<char*>(task.job.other) + done * task.other_itemsize;
       pieces.push_back(piece);
     }
   }
@@ -49,10 +48,8 @@ void run_pieces(const std::vector<Task>& pieces, int threads) {
   }
 }
 
-}  // namespace
-
-void run(const std::vector<Task>& tasks, int threads) {
-  std::vector<Task> pieces = cut(tasks);
+// Runs the pieces of tasks, and sums the change statistics that are asked for.
+void run_and_sum(const std::vector<Task>& tasks, std::vector<Task>& pieces, int threads) {
   if (std::none_of(tasks.begin(), tasks.end(), [](const Task& t) { return t.job.changes; })) {
     run_pieces(pieces, threads);
     return;
@@ -68,6 +65,25 @@ void run(const std::vector<Task>& tasks, int threads) {
   for (const Task& task : tasks) std::fill_n(task.job.changes, STATISTICS, 0.0);
   for (size_t i = 0; i < pieces.size(); ++i)
     for (int k = 0; k < STATISTICS; ++k) totals[i][k] += partial[i * STATISTICS + k];
+}
+
+}  // namespace
+
+void run(const std::vector<Task>& tasks, int threads) {
+  std::vector<Task> pieces = cut(tasks);
+  run_and_sum(tasks, pieces, threads);
+}
+
+void run_swap(const std::vector<Task>& tasks, int threads, Store* held, Store* kept) {
+  std::vector<Task> pieces = cut(tasks);
+  if (held && held->pieces.size() != pieces.size())
+    throw std::invalid_argument("swap: the store is of other tensors");
+  if (kept) kept->pieces.resize(pieces.size());
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    if (held) pieces[i].job.held = &held->pieces[i];
+    if (kept) pieces[i].job.kept = &kept->pieces[i];
+  }
+  run_and_sum(tasks, pieces, threads);
 }
 
 }  // namespace zo

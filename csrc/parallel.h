@@ -4,18 +4,23 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "exceptions.h"
 
 namespace zo {
 
 struct Task {
   Kernel kernel;
   Job job;  // change statistics are asked for in all jobs of a run or in none
-  int src_itemsize, dst_itemsize;
+  int src_itemsize, dst_itemsize, other_itemsize = 0;
 };
 
 // Cuts the tasks into pieces and runs them on `threads` threads (at least 1). Which thread runs a
 // piece changes no bit of the result, and where it is cut none of what is written to dst. Each
 // task's change statistics, where asked for, are the sums of its pieces' in order.
 void run(const std::vector<Task>& tasks, int threads);
+
+// The same for swaps: each piece is given its exceptions of an earlier run over the same tasks
+// (null: there was none), which are let go of, and those that it leaves (null: none).
+void run_swap(const std::vector<Task>& tasks, int threads, Store* held, Store* kept);
 
 }  // namespace zo

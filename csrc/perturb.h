@@ -18,19 +18,25 @@
 namespace {
 
 // The types in memory. Stores take two vectors at a time: some processors pack 16-bit halves of two
-// registers as fast as of one.
+// registers as fast as of one; store_exact is for values that the type has. SHIFT is log2 of the
+// spacing of its values in binary32 patterns.
 struct F32 {
   using storage = float;
+  static constexpr int SHIFT = 0;
   static VF load(const float* p) { return load_f32(p); }
   static void store(float* p, const VF v[2]) {
     store_f32(p, v[0]);
     store_f32(p + W, v[1]);
   }
   static void store_stochastic(float* p, const VF v[2], const VI*) { store(p, v); }
+  static void store_exact(float* p, const VF v[2]) { store(p, v); }
+  static VF rounded(VF v) { return v; }
+  static VF rounded_stochastic(VF v, VI) { return v; }
 };
 
 struct BF16 {
   using storage = uint16_t;
+  static constexpr int SHIFT = 16;
   static VF load(const uint16_t* p) { return from_bits(sll<16>(load_u16(p))); }
   static VI nearest(VF v) {  // ties to even
     const VI x = bits(v);
@@ -49,10 +55,18 @@ struct BF16 {
   static void store_stochastic(uint16_t* p, const VF v[2], const VI random[2]) {
     store_u16(p, stochastic(v[0], random[0]), stochastic(v[1], random[1]));
   }
+  static void store_exact(uint16_t* p, const VF v[2]) {
+    store_u16(p, srl<16>(bits(v[0])), srl<16>(bits(v[1])));
+  }
+  static VF rounded(VF v) { return from_bits(sll<16>(nearest(v))); }
+  static VF rounded_stochastic(VF v, VI random) {
+    return from_bits(sll<16>(stochastic(v, random)));
+  }
 };
 
 struct F16 {
   using storage = uint16_t;
+  static constexpr int SHIFT = 13;
   static VF load(const uint16_t* p) { return load_f16(p); }
   // The top 13 rounding bits decide over the 13 bits that binary16 drops; below its normal range
   // (2^-14), where more bits are dropped, to nearest.
@@ -71,6 +85,9 @@ struct F16 {
     store_f16(p, stochastic(v[0], random[0]));
     store_f16(p + W, stochastic(v[1], random[1]));
   }
+  static void store_exact(uint16_t* p, const VF v[2]) { store(p, v); }
+  static VF rounded(VF v) { return round_f16(v); }
+  static VF rounded_stochastic(VF v, VI random) { return round_f16(stochastic(v, random)); }
 };
 
 // Walks [job.begin, job.end), element indices of the full parameter, in passes of STRIDE aligned
@@ -226,20 +243,6 @@ void random_words(const Job& job) {
     std::memcpy(dst, out + skip, count * sizeof(uint32_t));
     dst += count;
   });
-}
-
-template <class Src, class Directions>
-constexpr zo::CombineRow combine_row() {
-  return {{{combine<Src, F32, Directions, false>, combine<Src, F32, Directions, false>},
-           {combine<Src, BF16, Directions, false>, combine<Src, BF16, Directions, true>},
-           {combine<Src, F16, Directions, false>, combine<Src, F16, Directions, true>}}};
-}
-
-template <class Directions>
-constexpr zo::Distribution distribution() {
-  return {{combine_row<F32, Directions>(), combine_row<BF16, Directions>(),
-           combine_row<F16, Directions>()},
-          emit<Directions>};
 }
 
 }  // namespace

@@ -36,6 +36,10 @@ template <int N>
 inline VI srl(VI a) {
   return _mm256_srli_epi32(a, N);
 }
+template <int N>
+inline VI sra(VI a) {
+  return _mm256_srai_epi32(a, N);
+}
 inline VI sll_each(VI a, VI n) { return _mm256_sllv_epi32(a, n); }
 inline VI lanes_mod_8() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
 inline VI load_words_of_8(const uint32_t* p) { return splat(*p); }
@@ -48,6 +52,48 @@ inline VI select_nan(VF v, VI if_nan, VI otherwise) {
 }
 inline VI select_less(VI a, VI b, VI yes, VI no) {
   return _mm256_blendv_epi8(no, yes, _mm256_cmpgt_epi32(b, a));
+}
+
+inline VI min_u32(VI a, VI b) { return _mm256_min_epu32(a, b); }
+inline VI less(VI a, VI b) { return _mm256_cmpgt_epi32(b, a); }
+inline VI equal(VI a, VI b) { return _mm256_cmpeq_epi32(a, b); }
+constexpr unsigned ALL_LANES = 0xFF;
+inline unsigned mask_of(VI a) {
+  return static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(a)));
+}
+
+// For each mask of 8 lanes, which byte goes where; 0x80 makes a zero.
+struct ByteOrders {
+  uint8_t compress[256][8], expand[256][8];
+  constexpr ByteOrders() : compress(), expand() {
+    for (int mask = 0; mask < 256; ++mask) {
+      int count = 0;
+      for (int i = 0; i < 8; ++i) {
+        expand[mask][i] = 0x80;
+        compress[mask][i] = 0x80;
+      }
+      for (int i = 0; i < 8; ++i) {
+        if (!(mask >> i & 1)) continue;
+        expand[mask][i] = static_cast<uint8_t>(count);
+        compress[mask][count++] = static_cast<uint8_t>(i);
+      }
+    }
+  }
+};
+constexpr ByteOrders BYTE_ORDERS;
+
+inline __m128i load_order(const uint8_t* order) {
+  return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(order));
+}
+inline void compress_bytes(uint8_t* p, VI a, unsigned mask) {
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  const __m128i bytes = _mm_packus_epi16(words, words);
+  const __m128i chosen = _mm_shuffle_epi8(bytes, load_order(BYTE_ORDERS.compress[mask]));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), chosen);
+}
+inline VI expand_bytes(const uint8_t* p, unsigned mask) {
+  const __m128i bytes = load_order(p);
+  return _mm256_cvtepu8_epi32(_mm_shuffle_epi8(bytes, load_order(BYTE_ORDERS.expand[mask])));
 }
 
 // 32-bit lane 4 L + s (s < 4) holds counter base + 2 s + L, so that the in-lane 4x4 transpose of
@@ -105,6 +151,12 @@ inline VF load_f16(const uint16_t* p) {
 inline void store_f16(uint16_t* p, VF v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline VF round_f16(VF v) {
+  return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline VI load_u32(const uint32_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 inline void store_u32(uint32_t* p, VI v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 

@@ -34,6 +34,10 @@ template <int N>
 inline VI srl(VI a) {
   return _mm512_srli_epi32(a, N);
 }
+template <int N>
+inline VI sra(VI a) {
+  return _mm512_srai_epi32(a, N);
+}
 inline VI sll_each(VI a, VI n) { return _mm512_sllv_epi32(a, n); }
 inline VI lanes_mod_8() {
   return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
@@ -52,6 +56,20 @@ inline VI select_nan(VF v, VI if_nan, VI otherwise) {
 }
 inline VI select_less(VI a, VI b, VI yes, VI no) {
   return _mm512_mask_mov_epi32(no, _mm512_cmplt_epi32_mask(a, b), yes);
+}
+
+inline VI min_u32(VI a, VI b) { return _mm512_min_epu32(a, b); }
+inline VI less(VI a, VI b) { return _mm512_movm_epi32(_mm512_cmplt_epi32_mask(a, b)); }
+inline VI equal(VI a, VI b) { return _mm512_movm_epi32(_mm512_cmpeq_epi32_mask(a, b)); }
+constexpr unsigned ALL_LANES = 0xFFFF;
+inline unsigned mask_of(VI a) { return _mm512_movepi32_mask(a); }
+inline void compress_bytes(uint8_t* p, VI a, unsigned mask) {
+  const __m512i chosen = _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), a);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(chosen));
+}
+inline VI expand_bytes(const uint8_t* p, unsigned mask) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_maskz_expand_epi32(static_cast<__mmask16>(mask), _mm512_cvtepu8_epi32(bytes));
 }
 
 // 32-bit lane 4 L + s (s < 4) holds counter base + 4 s + L, so that the in-lane 4x4 transpose of
@@ -112,6 +130,10 @@ inline void store_f16(uint16_t* p, VF v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+inline VF round_f16(VF v) {
+  return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline VI load_u32(const uint32_t* p) { return _mm512_loadu_si512(p); }
 inline void store_u32(uint32_t* p, VI v) { _mm512_storeu_si512(p, v); }
 
 #if defined(ZO_BF16_HARDWARE)

@@ -33,6 +33,13 @@ template <int N>
 inline VI srl(VI a) {
   return vshrq_n_u32(a, N);
 }
+template <int N>
+inline VI sra(VI a) {
+  if constexpr (N == 0)
+    return a;
+  else
+    return vreinterpretq_u32_s32(vshrq_n_s32(vreinterpretq_s32_u32(a), N ? N : 1));
+}
 inline VI sll_each(VI a, VI n) { return vshlq_u32(a, vreinterpretq_s32_u32(n)); }
 inline VI lanes_mod_8() {
   const uint32_t numbers[4] = {0, 1, 2, 3};
@@ -49,6 +56,26 @@ inline VI select_nan(VF v, VI if_nan, VI otherwise) {
   return vbslq_u32(vceqq_f32(v, v), otherwise, if_nan);
 }
 inline VI select_less(VI a, VI b, VI yes, VI no) { return vbslq_u32(vcltq_u32(a, b), yes, no); }
+
+inline VI min_u32(VI a, VI b) { return vminq_u32(a, b); }
+inline VI less(VI a, VI b) { return vcltq_s32(vreinterpretq_s32_u32(a), vreinterpretq_s32_u32(b)); }
+inline VI equal(VI a, VI b) { return vceqq_u32(a, b); }
+constexpr unsigned ALL_LANES = 0xF;
+inline unsigned mask_of(VI a) {
+  const int32_t places[4] = {0, 1, 2, 3};
+  return vaddvq_u32(vshlq_u32(vshrq_n_u32(a, 31), vld1q_s32(places)));
+}
+inline void compress_bytes(uint8_t* p, VI a, unsigned mask) {
+  uint32_t lanes[4];
+  vst1q_u32(lanes, a);
+  for (int i = 0; i < 4; ++i)
+    if (mask >> i & 1) *p++ = static_cast<uint8_t>(lanes[i]);
+}
+inline VI expand_bytes(const uint8_t* p, unsigned mask) {
+  uint32_t lanes[4];
+  for (int i = 0; i < 4; ++i) lanes[i] = mask >> i & 1 ? *p++ : 0u;
+  return vld1q_u32(lanes);
+}
 
 inline WideKey wide_key(uint64_t k) { return k; }
 inline Wide wide_counters(uint32_t base) {
@@ -94,6 +121,8 @@ inline void store_u16(uint16_t* p, VI a, VI b) {
 }
 inline VF load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 inline void store_f16(uint16_t* p, VF v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
+inline VF round_f16(VF v) { return vcvt_f32_f16(vcvt_f16_f32(v)); }
+inline VI load_u32(const uint32_t* p) { return vld1q_u32(p); }
 inline void store_u32(uint32_t* p, VI v) { vst1q_u32(p, v); }
 
 }  // namespace

@@ -32,6 +32,10 @@ template <int N>
 inline VI srl(VI a) {
   return {a.v >> N};
 }
+template <int N>
+inline VI sra(VI a) {
+  return {static_cast<uint32_t>(static_cast<int32_t>(a.v) >> N)};
+}
 inline VI sll_each(VI a, VI n) { return {a.v << n.v}; }
 // The number of each lane, modulo 8.
 inline VI lanes_mod_8() { return {0}; }
@@ -52,6 +56,20 @@ inline VF flip_sign(VF a, VI b) { return from_bits({bits(a).v ^ (b.v & 0x8000000
 inline VI select_nan(VF v, VI if_nan, VI otherwise) { return v != v ? if_nan : otherwise; }
 // Lanes where the integer a, below 2^31, is smaller than b.
 inline VI select_less(VI a, VI b, VI yes, VI no) { return a.v < b.v ? yes : no; }
+
+inline VI min_u32(VI a, VI b) { return a.v < b.v ? a : b; }
+// All bits of the lanes where it is so; less compares signed.
+inline VI less(VI a, VI b) {
+  return {static_cast<int32_t>(a.v) < static_cast<int32_t>(b.v) ? ~0u : 0u};
+}
+inline VI equal(VI a, VI b) { return {a.v == b.v ? ~0u : 0u}; }
+// The top bit of each lane.
+constexpr unsigned ALL_LANES = 1;
+inline unsigned mask_of(VI a) { return a.v >> 31; }
+// The low bytes of the lanes in the mask, one after the other, and back (zeros elsewhere). Up to W
+// bytes are written, and read, whatever the mask.
+inline void compress_bytes(uint8_t* p, VI a, unsigned) { *p = static_cast<uint8_t>(a.v); }
+inline VI expand_bytes(const uint8_t* p, unsigned mask) { return {mask ? *p : 0u}; }
 
 inline WideKey wide_key(uint64_t k) { return k; }
 inline Wide wide_counters(uint32_t base) { return base; }
@@ -98,6 +116,8 @@ inline void store_u16(uint16_t* p, VI a, VI b) {
 }
 inline VF load_f16(const uint16_t* p) { return half_to_float(*p); }
 inline void store_f16(uint16_t* p, VF v) { *p = float_to_half(v); }
+inline VF round_f16(VF v) { return half_to_float(float_to_half(v)); }
+inline VI load_u32(const uint32_t* p) { return {*p}; }
 inline void store_u32(uint32_t* p, VI v) { *p = v.v; }
 
 }  // namespace

@@ -93,6 +93,131 @@ def combine_(
         )
 
 
+def pair_(
+    plus: Sequence[Tensor],
+    minus: Sequence[Tensor],
+    src: Sequence[Tensor],
+    scales: Sequence[float],
+    *,
+    seed: int,
+    direction: int,
+    streams: Sequence[int],
+    offsets: Sequence[int],
+    distribution: str,
+) -> None:
+    """plus, minus = round(src +- scales[.] z); see zo_kernels.ops.pair_."""
+    for dtype, members in _by_dtype(src):
+        _C.pair(
+            isa=isa(),
+            plus=[plus[i].data_ptr() for i in members],
+            minus=[minus[i].data_ptr() for i in members],
+            src=[src[i].data_ptr() for i in members],
+            numel=[src[i].numel() for i in members],
+            offset=[offsets[i] for i in members],
+            stream=[streams[i] for i in members],
+            direction=direction,
+            scale=[scales[i] for i in members],
+            seed=seed,
+            dtype=DTYPE_CODES[dtype],
+            distribution=DISTRIBUTION_CODES[distribution],
+            threads=_threads(),
+        )
+
+
+def advance_(
+    tensors: Sequence[Tensor],
+    residuals: Sequence[Tensor] | None,
+    scales: Sequence[Sequence[float]],
+    *,
+    seed: int,
+    directions: Sequence[int],
+    lengths: Sequence[int],
+    src_scales: Sequence[float],
+    streams: Sequence[int],
+    offsets: Sequence[int],
+    stochastic: bool,
+    distribution: str,
+    changes: Tensor | None,
+) -> None:
+    """Updates of ``lengths`` directions each, one after the other; see zo_kernels.ops.advance_."""
+    for dtype, members in _by_dtype(tensors):
+        joined = residuals is not None and dtype != torch.float32
+        _C.advance(
+            isa=isa(),
+            dst=[tensors[i].data_ptr() for i in members],
+            residual=[residuals[i].data_ptr() for i in members] if joined else [],
+            numel=[tensors[i].numel() for i in members],
+            offset=[offsets[i] for i in members],
+            stream=[streams[i] for i in members],
+            direction=directions,
+            scale=[c for i in members for c in scales[i]],
+            length=lengths,
+            src_scale=src_scales,
+            seed=seed,
+            dtype=DTYPE_CODES[dtype],
+            stochastic=stochastic,
+            distribution=DISTRIBUTION_CODES[distribution],
+            changes=[] if changes is None else [changes[i].data_ptr() for i in members],
+            threads=_threads(),
+        )
+
+
+class Store(dict):
+    """The extension's stores of held weights, one per dtype."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept beside the weights."""
+        return sum(store.nbytes for store in self.values())
+
+
+def swap_(
+    tensors: Sequence[Tensor],
+    store: Store | None,
+    held_scales: Sequence[float] | None,
+    scales: Sequence[float] | None,
+    *,
+    keep: bool,
+    seed: int,
+    direction: int,
+    streams: Sequence[int],
+    offsets: Sequence[int],
+    src_scale: float,
+    stochastic: bool,
+    distribution: str,
+    changes: Tensor | None,
+) -> Store | None:
+    """tensors = round(src_scale * w + scales[.] z), or w if scales is None; see ops/swap.py.
+
+    Args:
+        store, held_scales: what an earlier call returned and the scales that it was given, if the
+            tensors hold w perturbed; None if they hold w.
+        keep: whether to return what gives w back; src_scale is 1 then, rounding to nearest.
+    """
+    kept = Store()
+    for dtype, members in _by_dtype(tensors):
+        kept[dtype] = _C.swap(
+            isa=isa(),
+            dst=[tensors[i].data_ptr() for i in members],
+            numel=[tensors[i].numel() for i in members],
+            offset=[offsets[i] for i in members],
+            stream=[streams[i] for i in members],
+            direction=direction,
+            held=None if store is None else store.pop(dtype),
+            held_scale=[] if held_scales is None else [held_scales[i] for i in members],
+            scale=[] if scales is None else [scales[i] for i in members],
+            keep=keep,
+            src_scale=src_scale,
+            seed=seed,
+            dtype=DTYPE_CODES[dtype],
+            stochastic=stochastic,
+            distribution=DISTRIBUTION_CODES[distribution],
+            changes=[] if changes is None else [changes[i].data_ptr() for i in members],
+            threads=_threads(),
+        )
+    return kept if keep else None
+
+
 def normal(
     count: int, *, seed: int, direction: int, stream: int, offset: int, device: torch.device
 ) -> Tensor:
@@ -118,6 +243,13 @@ def random_words(
     out = torch.empty(count, dtype=torch.int32, device=device)
     _C.random_words(isa(), out.data_ptr(), count, offset, seed, direction, stream, _threads())
     return out.long() & 0xFFFFFFFF
+
+
+def _by_dtype(tensors: Sequence[Tensor]) -> list[tuple[torch.dtype, list[int]]]:
+    groups: dict[torch.dtype, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        groups.setdefault(tensor.dtype, []).append(i)
+    return list(groups.items())
 
 
 def _threads() -> int:

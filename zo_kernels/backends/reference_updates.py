@@ -50,7 +50,8 @@ def pair_(
 def join(tensor: Tensor, residual: Tensor) -> Tensor:
     """The float32 values of 16-bit weights with their residuals; see zo_kernels.ops.advance_."""
     shift, _ = RESIDUAL_SHIFT[tensor.dtype]
-    return from_bits((bits_of(tensor.float()) + (residual.long() << shift)) & 0xFFFFFFFF)
+    joined = from_bits((bits_of(tensor.float()) + (residual.long() << shift)) & 0xFFFFFFFF)
+    return torch.where(torch.isfinite(tensor), joined, tensor.float())
 
 
 def round_joined(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -77,7 +78,7 @@ def split(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _is_plain(value: Tensor, rounded: Tensor, dtype: torch.dtype) -> Tensor:
     """Where there is no residual: values too small for one in float16, infinities, NaN."""
     small = value.abs() < 2.0**-14 if dtype == torch.float16 else torch.zeros_like(value) != 0
-    return small | ~torch.isfinite(rounded)
+    return small | ~torch.isfinite(rounded) | value.isnan()
 
 
 def advance_(
