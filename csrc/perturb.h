@@ -19,10 +19,11 @@ namespace {
 
 // The types in memory. Stores take two vectors at a time: some processors pack 16-bit halves of two
 // registers as fast as of one; store_exact is for values that the type has. SHIFT is log2 of the
-// spacing of its values in binary32 patterns.
+// spacing of its values in binary32 patterns, SMALLEST_NORMAL the smallest with that spacing.
 struct F32 {
   using storage = float;
   static constexpr int SHIFT = 0;
+  static constexpr uint32_t SMALLEST_NORMAL = 0x00800000u;
   static VF load(const float* p) { return load_f32(p); }
   static void store(float* p, const VF v[2]) {
     store_f32(p, v[0]);
@@ -37,36 +38,40 @@ struct F32 {
 struct BF16 {
   using storage = uint16_t;
   static constexpr int SHIFT = 16;
+  static constexpr uint32_t SMALLEST_NORMAL = 0x00800000u;
   static VF load(const uint16_t* p) { return from_bits(sll<16>(load_u16(p))); }
-  static VI nearest(VF v) {  // ties to even
+  // Patterns whose upper halves are the rounded values.
+  static VI nearest_pattern(VF v) {  // ties to even
     const VI x = bits(v);
     const VI rounded = add(x, add(and_(srl<16>(x), splat(1u)), splat(0x7FFFu)));
-    return srl<16>(select_nan(v, splat(0x7FC00000u), rounded));
+    return select_nan(v, splat(0x7FC00000u), rounded);
   }
-  static VI stochastic(VF v, VI random) {
-    return srl<16>(select_nan(v, splat(0x7FC00000u), add(bits(v), random)));
+  static VI stochastic_pattern(VF v, VI random) {
+    return select_nan(v, splat(0x7FC00000u), add(bits(v), random));
   }
   static void store(uint16_t* p, const VF v[2]) {
 #if defined(ZO_BF16_HARDWARE)
     if (store_bf16_hardware(p, v[0], v[1])) return;
 #endif
-    store_u16(p, nearest(v[0]), nearest(v[1]));
+    store_u16(p, srl<16>(nearest_pattern(v[0])), srl<16>(nearest_pattern(v[1])));
   }
   static void store_stochastic(uint16_t* p, const VF v[2], const VI random[2]) {
-    store_u16(p, stochastic(v[0], random[0]), stochastic(v[1], random[1]));
+    store_u16(p, srl<16>(stochastic_pattern(v[0], random[0])),
+              srl<16>(stochastic_pattern(v[1], random[1])));
   }
   static void store_exact(uint16_t* p, const VF v[2]) {
     store_u16(p, srl<16>(bits(v[0])), srl<16>(bits(v[1])));
   }
-  static VF rounded(VF v) { return from_bits(sll<16>(nearest(v))); }
+  static VF rounded(VF v) { return from_bits(and_(nearest_pattern(v), splat(0xFFFF0000u))); }
   static VF rounded_stochastic(VF v, VI random) {
-    return from_bits(sll<16>(stochastic(v, random)));
+    return from_bits(and_(stochastic_pattern(v, random), splat(0xFFFF0000u)));
   }
 };
 
 struct F16 {
   using storage = uint16_t;
   static constexpr int SHIFT = 13;
+  static constexpr uint32_t SMALLEST_NORMAL = 0x38800000u;
   static VF load(const uint16_t* p) { return load_f16(p); }
   // The top 13 rounding bits decide over the 13 bits that binary16 drops; below its normal range
   // (2^-14), where more bits are dropped, to nearest.

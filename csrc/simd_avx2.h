@@ -54,6 +54,7 @@ inline VI select_less(VI a, VI b, VI yes, VI no) {
   return _mm256_blendv_epi8(no, yes, _mm256_cmpgt_epi32(b, a));
 }
 
+inline VI max_u32(VI a, VI b) { return _mm256_max_epu32(a, b); }
 inline VI min_u32(VI a, VI b) { return _mm256_min_epu32(a, b); }
 inline VI less(VI a, VI b) { return _mm256_cmpgt_epi32(b, a); }
 inline VI equal(VI a, VI b) { return _mm256_cmpeq_epi32(a, b); }

@@ -58,6 +58,7 @@ inline VI select_less(VI a, VI b, VI yes, VI no) {
   return _mm512_mask_mov_epi32(no, _mm512_cmplt_epi32_mask(a, b), yes);
 }
 
+inline VI max_u32(VI a, VI b) { return _mm512_max_epu32(a, b); }
 inline VI min_u32(VI a, VI b) { return _mm512_min_epu32(a, b); }
 inline VI less(VI a, VI b) { return _mm512_movm_epi32(_mm512_cmplt_epi32_mask(a, b)); }
 inline VI equal(VI a, VI b) { return _mm512_movm_epi32(_mm512_cmpeq_epi32_mask(a, b)); }

@@ -57,6 +57,7 @@ inline VI select_nan(VF v, VI if_nan, VI otherwise) {
 }
 inline VI select_less(VI a, VI b, VI yes, VI no) { return vbslq_u32(vcltq_u32(a, b), yes, no); }
 
+inline VI max_u32(VI a, VI b) { return vmaxq_u32(a, b); }
 inline VI min_u32(VI a, VI b) { return vminq_u32(a, b); }
 inline VI less(VI a, VI b) { return vcltq_s32(vreinterpretq_s32_u32(a), vreinterpretq_s32_u32(b)); }
 inline VI equal(VI a, VI b) { return vceqq_u32(a, b); }

@@ -57,6 +57,7 @@ inline VI select_nan(VF v, VI if_nan, VI otherwise) { return v != v ? if_nan : o
 // Lanes where the integer a, below 2^31, is smaller than b.
 inline VI select_less(VI a, VI b, VI yes, VI no) { return a.v < b.v ? yes : no; }
 
+inline VI max_u32(VI a, VI b) { return a.v > b.v ? a : b; }
 inline VI min_u32(VI a, VI b) { return a.v < b.v ? a : b; }
 // All bits of the lanes where it is so; less compares signed.
 inline VI less(VI a, VI b) {

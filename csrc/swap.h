@@ -13,72 +13,107 @@
 // is kept whole, so that this file's reasoning decides how much is kept and never what comes back.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include "exceptions.h"
 #include "perturb.h"
 
 namespace {
 
-// Lanes of v and p where p may not be w.
-inline VI flagged(VF v, VF p) {
-  const VI magnitude = and_(bits(p), splat(0x7FFFFFFFu));
-  // The exponent of the next smaller magnitude; -1 below zero.
-  const VI below = and_(sub(magnitude, splat(1u)), splat(0xFF800000u));
-  return less(below, and_(bits(v), splat(0x7F800000u)));
+// round(v - c z), but halves up and binary16 on the finer grid of its normal numbers throughout:
+// any value does that encoder and decoder compute alike.
+template <class T>
+inline VI predict(VF v, VF z, VF minus_scale) {
+  const VI x = bits(fma(minus_scale, z, v));
+  if (T::SHIFT == 0) return x;
+  constexpr uint32_t UNIT = 1u << T::SHIFT;
+  return and_(add(x, splat(UNIT / 2)), splat(~(UNIT - 1)));
 }
 
+// Lanes of v and its prediction p where p may not be w.
 template <class T>
-class Decoder {
- public:
-  using Storage = typename T::storage;
+inline VI flagged(VF v, VI p) {
+  const VI magnitude = and_(p, splat(0x7FFFFFFFu));
+  // The exponent of the next smaller magnitude; -1 below zero.
+  const VI below = and_(sub(magnitude, splat(1u)), splat(0xFF800000u));
+  const VI exponent = and_(bits(v), splat(0x7F800000u));
+  // Where the prediction's grid is finer than the weights', they differ in most elements.
+  constexpr bool FINER = T::SMALLEST_NORMAL > F32::SMALLEST_NORMAL;
+  return less(below, FINER ? max_u32(exponent, splat(T::SMALLEST_NORMAL)) : exponent);
+}
 
-  explicit Decoder(const zo::Exceptions* held) : held_(*held) {
-    if (held_.is_copy()) return;
-    codes_ = held_.codes();
-    escape_ = held_.escapes();
-    stray_ = held_.strays();
-    strays_end_ = stray_ + held_.stray_count();
-  }
+// What is kept whole, read in order. Apart from the decoder, so that the addresses taken by rare
+// calls do not keep its other members in memory.
+struct Whole {
+  const uint32_t* escape = nullptr;
+  const zo::Stray *stray = nullptr, *strays_end = nullptr;
 
-  bool is_copy() const { return held_.is_copy(); }
+  uint32_t next_place() const { return stray == strays_end ? ~0u : stray->place; }
 
-  // w of one vector; `lanes` are those inside the piece, `place` is the first one's.
-  ZO_INLINE VF recover(VF v, VF z, VF minus_scale, unsigned lanes, uint32_t place) {
-    const VF p = T::rounded(fma(minus_scale, z, v));
-    const VI flags = flagged(v, p);
-    const unsigned mask = mask_of(flags) & lanes;
-    const VI code = expand_bytes(codes_, mask);
-    codes_ += __builtin_popcount(mask);
-    VI w = add(bits(p), and_(flags, sll<T::SHIFT>(sub(code, splat(127u)))));
-    const unsigned escaped = mask_of(equal(code, splat(255u))) & mask;
-    if (ZO_RARELY(escaped || lanes != ALL_LANES)) w = with_escapes(w, bits(p), escaped, mask);
-    if (ZO_RARELY(stray_ != strays_end_ && stray_->place < place + W)) w = with_strays(w, place);
-    return from_bits(w);
-  }
-
- private:
-  __attribute__((noinline)) VI with_escapes(VI w, VI p, unsigned escaped, unsigned mask) {
-    uint32_t lanes[W], plain[W];
+  __attribute__((noinline)) VI with_escapes(VI w, unsigned escaped) {
+    uint32_t lanes[W];
     store_u32(lanes, w);
-    store_u32(plain, p);
-    for (int i = 0; i < W; ++i) {
-      if (!(mask >> i & 1)) lanes[i] = plain[i];  // flagged, but outside of the piece
-      if (escaped >> i & 1) lanes[i] = *escape_++;
-    }
+    for (int i = 0; i < W; ++i)
+      if (escaped >> i & 1) lanes[i] = *escape++;
     return load_u32(lanes);
   }
 
   __attribute__((noinline)) VI with_strays(VI w, uint32_t place) {
     uint32_t lanes[W];
     store_u32(lanes, w);
-    for (; stray_ != strays_end_ && stray_->place < place + W; ++stray_)
-      lanes[stray_->place - place] = stray_->bits;
+    for (; stray != strays_end && stray->place < place + W; ++stray)
+      lanes[stray->place - place] = stray->bits;
     return load_u32(lanes);
   }
+};
 
-  const zo::Exceptions& held_;
-  const uint8_t* codes_ = nullptr;
-  const uint32_t* escape_ = nullptr;
-  const zo::Stray *stray_ = nullptr, *strays_end_ = nullptr;
+template <class T>
+class Decoder {
+ public:
+  explicit Decoder(const zo::Exceptions& held) {
+    if (held.is_copy()) return;
+    code_ = held.codes();
+    whole_ = {held.escapes(), held.strays(), held.strays() + held.stray_count()};
+    next_place_ = whole_.next_place();
+  }
+
+  // w of one vector; `lanes` are those inside the piece, `place` is the first one's.
+  ZO_INLINE VF recover(VF v, VF z, VF minus_scale, unsigned lanes, uint32_t place) {
+    const VI p = predict<T>(v, z, minus_scale);
+    const VI flags = flagged<T>(v, p);
+    const unsigned mask = mask_of(flags) & lanes;
+    const VI code = expand_bytes(code_, mask);
+    code_ += __builtin_popcount(mask);
+    VI w = add(p, and_(flags, sll<T::SHIFT>(sub(code, splat(127u)))));
+    const unsigned escaped = mask_of(equal(code, splat(255u)));
+    if (ZO_RARELY(escaped)) w = whole_.with_escapes(w, escaped);
+    if (ZO_RARELY(next_place_ < place + W)) {
+      w = whole_.with_strays(w, place);
+      next_place_ = whole_.next_place();
+    }
+    return from_bits(w);
+  }
+
+ private:
+  const uint8_t* code_ = nullptr;
+  uint32_t next_place_ = ~0u;
+  Whole whole_;
+};
+
+// Where the encoder keeps what codes do not give back; apart from it for the same reason.
+struct WholeWriter {
+  uint32_t* escape;
+  zo::Stray* stray;
+
+  __attribute__((noinline)) void keep(VF w, unsigned escaped, unsigned strays, uint32_t place) {
+    uint32_t lanes[W];
+    store_u32(lanes, bits(w));
+    for (uint32_t i = 0; i < W; ++i) {
+      if (escaped >> i & 1) *escape++ = lanes[i];
+      if (strays >> i & 1) *stray++ = {place + i, lanes[i]};
+    }
+  }
 };
 
 template <class T>
@@ -87,46 +122,38 @@ class Encoder {
   Encoder()
       : lists_(zo::collected()),
         code_(lists_.codes.data()),
-        escape_(lists_.escapes.data()),
-        stray_(lists_.strays.data()) {}
+        whole_{lists_.escapes.data(), lists_.strays.data()} {}
 
   // Notes what gives w back from v; arguments as for Decoder::recover.
   ZO_INLINE void note(VF w, VF v, VF z, VF minus_scale, unsigned lanes, uint32_t place) {
-    const VF p = T::rounded(fma(minus_scale, z, v));
-    const VI difference = sub(bits(w), bits(p));
-    const unsigned mask = mask_of(flagged(v, p)) & lanes;
+    const VI p = predict<T>(v, z, minus_scale);
+    const VI difference = sub(bits(w), p);
+    const unsigned mask = mask_of(flagged<T>(v, p)) & lanes;
     const VI code = min_u32(add(sra<T::SHIFT>(difference), splat(127u)), splat(255u));
     compress_bytes(code_, code, mask);
+    code_ += __builtin_popcount(mask);
     const unsigned escaped = mask_of(equal(code, splat(255u))) & mask;
     const unsigned strays = ~mask_of(equal(difference, splat(0u))) & lanes & ~mask;
-    if (ZO_RARELY(escaped | strays)) keep(w, escaped, strays, place);
-    code_ += __builtin_popcount(mask);
+    if (ZO_RARELY(escaped | strays)) whole_.keep(w, escaped, strays, place);
   }
 
   size_t bytes() const {
-    return (stray_ - lists_.strays.data()) * sizeof(zo::Stray) +
-           (escape_ - lists_.escapes.data()) * sizeof(uint32_t) + (code_ - lists_.codes.data());
+    return stray_count() * sizeof(zo::Stray) + escape_count() * sizeof(uint32_t) + code_count();
   }
 
   void write(zo::Exceptions& kept) const {
-    kept.set(lists_.strays.data(), stray_ - lists_.strays.data(), lists_.escapes.data(),
-             escape_ - lists_.escapes.data(), lists_.codes.data(), code_ - lists_.codes.data());
+    kept.set(lists_.strays.data(), stray_count(), lists_.escapes.data(), escape_count(),
+             lists_.codes.data(), code_count());
   }
 
  private:
-  __attribute__((noinline)) void keep(VF w, unsigned escaped, unsigned strays, uint32_t place) {
-    uint32_t lanes[W];
-    store_u32(lanes, bits(w));
-    for (uint32_t i = 0; i < W; ++i) {
-      if (escaped >> i & 1) *escape_++ = lanes[i];
-      if (strays >> i & 1) *stray_++ = {place + i, lanes[i]};
-    }
-  }
+  size_t stray_count() const { return whole_.stray - lists_.strays.data(); }
+  size_t escape_count() const { return whole_.escape - lists_.escapes.data(); }
+  size_t code_count() const { return code_ - lists_.codes.data(); }
 
   zo::Collected& lists_;
   uint8_t* code_;
-  uint32_t* escape_;
-  zo::Stray* stray_;
+  WholeWriter whole_;
 };
 
 // The lanes of a vector that begins `from` elements into a pass and are in [skip, skip + count).
@@ -149,64 +176,67 @@ void swap(const Job& job) {
   const VF minus_scale = splat(scaled ? -job.scale[0] : 0.0f);
   const VF minus_held_scale = splat(-job.held_scale);
   const zo::Exceptions none;
-  Decoder<T> decoder(HELD ? job.held : &none);
+  Decoder<T> decoder(HELD ? *job.held : none);
   Encoder<T> encoder;
-  const bool copied = HELD && decoder.is_copy();
+  const bool copied = HELD && job.held->is_copy();
   const Storage* copy = copied ? static_cast<const Storage*>(job.held->copy()) : nullptr;
   const bool measured = job.changes != nullptr;
   float before_rounding[STRIDE], old[STRIDE];
   Totals totals;
 
-  Storage* weights = static_cast<Storage*>(job.dst);
-  walk<STRIDE>(job, [&](uint64_t at, size_t skip, size_t count) {
-    const bool ragged = count != STRIDE;
-    Storage buffer[STRIDE], copy_buffer[STRIDE];
-    Storage* here = weights;
-    const Storage* copy_here = copy;
-    if (ZO_RARELY(ragged)) {
-      std::memset(buffer, 0, sizeof(buffer));
-      std::memcpy(buffer + skip, weights, count * sizeof(Storage));
-      here = buffer;
-      if (copied) {
-        std::memset(copy_buffer, 0, sizeof(copy_buffer));
-        std::memcpy(copy_buffer + skip, copy, count * sizeof(Storage));
-        copy_here = copy_buffer;
-      }
-    }
+  // One pass over `here`, in place; `copies` are the weights, if they were copied.
+  const auto pass = [&](auto whole, Storage* here, const Storage* copies, uint64_t at, size_t skip,
+                        size_t count) {
     directions.go_to(at);
     const uint32_t first_place = static_cast<uint32_t>(at % zo::PIECE);
     for (size_t from = 0; from < STRIDE; from += W * VECTORS) {
-      VF z[VECTORS], acc[VECTORS];
+      VF z[VECTORS], w[VECTORS], acc[VECTORS];
       VI random[VECTORS];
       directions.template draw<STOCHASTIC>(true, from, z, random);
+      const auto lanes = [&](size_t i) { return whole ? ALL_LANES : lanes_inside(i, skip, count); };
+      const auto place = [&](size_t i) { return first_place + static_cast<uint32_t>(i); };
       for (int j = 0; j < VECTORS; ++j) {
         const size_t i = from + j * W;
-        const uint32_t place = first_place + static_cast<uint32_t>(i);
-        const unsigned lanes = ZO_RARELY(ragged) ? lanes_inside(i, skip, count) : ALL_LANES;
-        VF w = T::load(here + i);
-        if (HELD) {
-          if (ZO_RARELY(copied))
-            w = T::load(copy_here + i);
-          else
-            w = decoder.recover(w, z[j], minus_held_scale, lanes, place);
-        }
-        acc[j] = scaled ? fma(scale, z[j], mul(src_scale, w)) : w;
+        w[j] = T::load((copies ? copies : here) + i);
+        if (HELD && !copies)
+          w[j] = decoder.recover(w[j], z[j], minus_held_scale, lanes(i), place(i));
+      }
+      for (int j = 0; j < VECTORS; ++j) {
+        acc[j] = scaled ? fma(scale, z[j], mul(src_scale, w[j])) : w[j];
         if (ZO_RARELY(measured)) {
-          store_f32(old + i, w);
-          store_f32(before_rounding + i, acc[j]);
+          store_f32(old + from + j * W, w[j]);
+          store_f32(before_rounding + from + j * W, acc[j]);
         }
-        if (STOCHASTIC) {
-          acc[j] = T::rounded_stochastic(acc[j], random[j]);
-        } else {
-          acc[j] = T::rounded(acc[j]);
-          if (KEPT) encoder.note(w, acc[j], z[j], minus_scale, lanes, place);
-        }
+        acc[j] = STOCHASTIC ? T::rounded_stochastic(acc[j], random[j]) : T::rounded(acc[j]);
+      }
+      for (int j = 0; KEPT && j < VECTORS; ++j) {
+        const size_t i = from + j * W;
+        encoder.note(w[j], acc[j], z[j], minus_scale, lanes(i), place(i));
       }
       for (int j = 0; j < VECTORS; j += 2) T::store_exact(here + from + j * W, acc + j);
     }
+  };
+
+  Storage* weights = static_cast<Storage*>(job.dst);
+  walk<STRIDE>(job, [&](uint64_t at, size_t skip, size_t count) {
+    const bool ragged = count != STRIDE;
+    Storage buffer[STRIDE], copies[STRIDE];
+    if (ZO_RARELY(ragged)) {
+      std::memset(buffer, 0, sizeof(buffer));
+      std::memcpy(buffer + skip, weights, count * sizeof(Storage));
+      if (copied) {
+        std::memset(copies, 0, sizeof(copies));
+        std::memcpy(copies + skip, copy, count * sizeof(Storage));
+      }
+      pass(std::false_type(), buffer, copied ? copies : nullptr, at, skip, count);
+      std::memcpy(weights, buffer + skip, count * sizeof(Storage));
+    } else {
+      pass(std::true_type(), weights, copy, at, skip, count);
+    }
     if (ZO_RARELY(measured)) {
       float now[STRIDE];
-      for (size_t i = 0; i < STRIDE; i += W) store_f32(now + i, T::load(here + i));
+      for (size_t i = 0; i < STRIDE; i += W)
+        store_f32(now + i, T::load((ragged ? buffer : weights) + i));
       if (ragged) {
         clear_outside(now, skip, count);
         clear_outside(before_rounding, skip, count);
@@ -214,7 +244,6 @@ void swap(const Job& job) {
       }
       add_changes<F32, F32>(old, now, before_rounding, STRIDE, totals);
     }
-    if (ZO_RARELY(ragged)) std::memcpy(weights, buffer + skip, count * sizeof(Storage));
     weights += count;
     if (copied) copy += count;
   });
