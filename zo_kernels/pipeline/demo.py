@@ -245,7 +245,7 @@ class Demo:
         if not self._path(CONTROL).exists():  # only a changed model is saved
             notes.append(
                 f"The lr = 0 control took {CONTROL_STEPS} steps and is bit-identical to the "
-                "aligned model (SHA-256 of all weights); its rows are the aligned model's."
+                "aligned model (by a fingerprint of all weights); its rows are the aligned model's."
             )
         logs = {
             "alignment (FO)": read_records(self._log(ALIGNED)),

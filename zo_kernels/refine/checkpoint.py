@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from zo_kernels import replay
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -135,10 +136,5 @@ def check_replaceable(target: Path) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all parameters and persistent buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        data = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}|{data.dtype}|{tuple(data.shape)}|".encode())
-        digest.update(memoryview(data.view(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()
+    """``replay.fingerprint`` of all parameters and persistent buffers."""
+    return replay.fingerprint(model.state_dict().items())
