@@ -20,7 +20,6 @@ from zo_kernels.replay import (
     replay_,
 )
 
-BACKEND = "reference"
 UNITS = {"a.weight": 0.5, "b.weight": 1.0, "c.bias": 1 / 3, "d.weight": 0.0}
 
 
@@ -58,7 +57,7 @@ def test_replay_is_the_run_step_by_step(tmp_path, mode, distribution):
     for chunk in (64, 1, 3):
         tensors = copies(groups)
         tensors["other"] = torch.ones(3)
-        state = replay_(tensors, log, chunk=chunk, backend=BACKEND)
+        state = replay_(tensors, log, chunk=chunk)
         for name, want in expected.items():
             assert_same_bits(tensors[name], want, (name, chunk))
         assert torch.equal(tensors["other"], torch.ones(3)) and state.steps == 7
@@ -72,11 +71,11 @@ def test_replay_goes_on_from_its_state(tmp_path, mode):
     groups, header, steps, log = run_of(tmp_path, mode=mode, queries=1)
     tensors = {f"module.{n}": t for n, t in copies(groups).items()}
     seen = []
-    state = replay_(tensors, log, stop=3, backend=BACKEND, progress=lambda *args: seen.append(args))
+    state = replay_(tensors, log, stop=3, progress=lambda *args: seen.append(args))
     assert seen[-1] == ("step 3", 6, 6)
     for name, want in weights_after(groups, header, steps[:3]).items():
         assert_same_bits(tensors[f"module.{name}"], want, name)
-    state = replay_(tensors, log, start=3, state=state, backend=BACKEND)
+    state = replay_(tensors, log, start=3, state=state)
     for name, want in weights_after(groups, header, steps).items():
         assert_same_bits(tensors[f"module.{name}"], want, name)
     if mode == "master":
@@ -105,7 +104,7 @@ def test_nothing_to_do_is_no_pass(tmp_path):
         path = write(tmp_path / str(len(list(tmp_path.iterdir()))), header,
                      [Step(0, [1.0], [2.0], [group])])  # fmt: skip
         tensors = {n: t.clone() for n, t in zeros.items()}
-        replay_(tensors, read_log(path), backend=BACKEND)
+        replay_(tensors, read_log(path))
         assert bool(torch.signbit(tensors["w"]).all()) != touched
         assert bool(tensors["v"].any()) == touched
 
@@ -138,7 +137,7 @@ def test_other_tensors_are_refused_before_anything_is_written(tmp_path, change, 
     change(tensors)
     before = {n: t.clone() for n, t in tensors.items()}
     with pytest.raises((TypeError, ValueError), match=message):
-        replay_(tensors, log, backend=BACKEND)
+        replay_(tensors, log)
     for name, tensor in tensors.items():
         assert_same_bits(tensor, before[name])
 
@@ -159,7 +158,7 @@ def test_bad_options_are_refused_before_anything_is_written(tmp_path):
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            replay_(tensors, log, **{"backend": BACKEND, **options})
+            replay_(tensors, log, **options)
     for name, tensor in copies(groups).items():
         assert_same_bits(tensors[name], tensor)
 

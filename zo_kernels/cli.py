@@ -1,4 +1,4 @@
-"""The command line: align, refine, evaluate, demo, doctor, inspect."""
+"""The command line: align, refine, evaluate, replay, log, demo, doctor, inspect."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
+
+from zo_kernels import replay_cli
 
 EXPECTED_ERRORS = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, ImportError)
 
@@ -53,6 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--split", choices=("held_out", "train", "all"), default="held_out")
     command.add_argument("--text", type=Path, help="plain text for perplexity (default: built in)")
     _add_options(command, "zo_kernels.robustness.suite", "EvaluationConfig", skip=("max_length",))
+
+    replay_cli.add_commands(commands, _command)
 
     command = _command(commands, "demo", _demo, "base -> aligned -> refined, with its controls")
     command.add_argument("--model", type=Path, help="Hugging Face directory (default: SmolLM2)")
@@ -187,10 +191,11 @@ def _examples(options: argparse.Namespace, split: str) -> list[Any]:
 def _train(options: argparse.Namespace, run: Any) -> None:
     """What align and refine share: check, load, run with a log and a bar, save, say."""
     from zo_kernels import chat
+    from zo_kernels.files import check_replaceable
     from zo_kernels.refine import checkpoint
     from zo_kernels.refine.records import MetricsLog, progress_bar
 
-    checkpoint.check_replaceable(options.out)
+    check_replaceable(options.out)
     examples = _examples(options, "train")
     model, tokenizer = checkpoint.load(options.model, dtype=options.dtype, device=options.device)
     encoded = chat.encode(tokenizer, examples, max_length=options.max_length)

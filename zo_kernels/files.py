@@ -1,9 +1,13 @@
-"""Files that are replaced in one step: under a name lies the old file or all of the new one."""
+"""Files and folders that are replaced in one step: under a name lies the old or all of the new."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -46,6 +50,56 @@ def check_writable(path: str | os.PathLike[str], option: str = "out") -> None:
         raise OSError(
             f"{option}: expected a file that can be written, got {path}: {error}"
         ) from error
+
+
+@contextmanager
+def replace_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to fill; when the block ends it gets the name, complete and on the disk, or never.
+
+    Args:
+        path: absent, empty or an earlier checkpoint; see ``check_replaceable``.
+
+    Raises:
+        FileExistsError: it holds other files.
+    """
+    target = Path(path)
+    check_replaceable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield work
+        for item in (work, *work.rglob("*")):
+            item.chmod(0o755 if item.is_dir() else 0o644)
+            sync(item)
+        # The old checkpoint is set aside, not deleted, until the new one has its name: a kill in
+        # between leaves both, under hidden names beside it.
+        aside = work.with_name(work.name + "-old")
+        if target.exists():
+            os.replace(target, aside)
+        os.replace(work, target)
+        sync(target.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_replaceable(target: Path) -> None:
+    """Refuse to replace anything but an earlier checkpoint (or an empty folder)."""
+    earlier = any((target / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if target.exists() and not earlier and any(target.iterdir()):
+        raise FileExistsError(
+            f"output: expected a new, empty or checkpoint directory, got {target}, which holds "
+            "other files"
+        )
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _places(path: str | os.PathLike[str]) -> tuple[Path, Path]:

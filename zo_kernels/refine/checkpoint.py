@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 from torch import nn
 
 from zo_kernels import replay
+from zo_kernels.files import replace_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -104,35 +103,10 @@ def save(model: Any, tokenizer: Any, directory: str | os.PathLike[str]) -> Path:
     Raises:
         FileExistsError: the directory exists and is not an earlier checkpoint.
     """
-    target = Path(directory)
-    check_replaceable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with replace_folder(directory) as work:
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
-        work.chmod(0o755)
-        for file in work.iterdir():
-            file.chmod(0o644)
-        # The old checkpoint is set aside, not deleted, until the new one has its name: a kill in
-        # between leaves both, under hidden names beside it.
-        aside = work.with_name(work.name + "-old")
-        if target.exists():
-            os.replace(target, aside)
-        os.replace(work, target)
-        shutil.rmtree(aside, ignore_errors=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return target
-
-
-def check_replaceable(target: Path) -> None:
-    """Refuse to replace anything but an earlier checkpoint (or an empty folder)."""
-    if target.exists() and not (target / "config.json").is_file() and any(target.iterdir()):
-        raise FileExistsError(
-            f"output: expected a new, empty or checkpoint directory, got {target}, which holds "
-            "other files"
-        )
+    return Path(directory)
 
 
 def fingerprint(model: nn.Module) -> str:

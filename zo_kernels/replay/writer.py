@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -13,6 +12,7 @@ from types import TracebackType
 
 import numpy as np
 
+from zo_kernels.files import sync, write_file
 from zo_kernels.replay.header import Header, check_fingerprint
 from zo_kernels.replay.log import (
     MARK,
@@ -217,25 +217,13 @@ class LogWriter:
 
 def _create(path: Path, data: bytes) -> None:
     """A new file that holds all of the data, on the disk; FileExistsError if there is one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() or path.is_symlink():
         raise FileExistsError(f"log: expected a new file, got {path}, which exists; resume it")
-    work = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
     try:
-        with work.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(work, path)
+        write_file(path, data)
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}; no log was made", str(path)) from error
-    finally:
-        work.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(path.parent)
 
 
 def _expect_count(name: str, values: Sequence[object], count: int) -> None:
