@@ -187,16 +187,18 @@ def test_modes_agree_on_both_losses(mode):
         assert got[1] == pytest.approx(minus, rel=1e-5)
 
 
-def test_mezo_drifts_in_bfloat16_and_streamed_does_not():
+def test_mezo_drifts_in_bfloat16_and_no_other_mode_does():
     model, batch = tiny_model("llama", torch.bfloat16), tiny_batch()
     changed = {}
     for name in sorted(MODES):
         trial = copy.deepcopy(model)
         slots = slots_of(trial)
         before = bits(trial)
-        MODES[name](seed=0).evaluate_pair(
+        mode = MODES[name](seed=0)
+        mode.evaluate_pair(
             slots, [1e-3] * len(slots), 0, lambda m=trial: logits_and_loss(m, batch)[1]
         )
+        mode.settle()
         after = bits(trial)
         changed[name] = any(not torch.equal(after[k], before[k]) for k in before)
-    assert changed == {"mezo": True, "streamed": False}
+    assert {name for name, drifts in changed.items() if drifts} == {"mezo"}

@@ -10,6 +10,7 @@ weights, stacked experts and functional code work alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,6 +69,16 @@ class Scratch:
         for key, buffer in list(self._buffers.items()):
             if buffer.untyped_storage().data_ptr() in held:
                 del self._buffers[key]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Contiguous elements of a parameter that an operation reads: from which, and from where."""
+
+    source: Tensor
+    slot: Slot
+    scale: float
+    offset: int
 
 
 class StreamedWeights(TorchFunctionMode):
@@ -132,9 +143,8 @@ class StreamedWeights(TorchFunctionMode):
             return self._embedding(*args, **kwargs)
         if func is Tensor.__getitem__ and isinstance(args[1], int):
             return self._row(args[0], args[1])
-        scratch = self._scratch.allocate([(t.shape, t) for t in found.values()])
-        copies = dict(zip(found, scratch, strict=True))
-        self._fill(scratch, list(found.values()), [self._slots[i] for i in found])
+        parts = [self._part(t, t.detach(), 0) for t in found.values()]
+        copies = dict(zip(found, self._perturbed(parts), strict=True))
         result = func(*_replace(args, copies), **_replace(kwargs, copies))
         self._scratch.give_away_if_aliased(result)
         return result
@@ -149,31 +159,29 @@ class StreamedWeights(TorchFunctionMode):
                 found |= self._find(argument)
         return found
 
-    def _fill(
-        self,
-        dst: Sequence[Tensor],
-        src: Sequence[Tensor],
-        slots: Sequence[tuple[Slot, float]],
-        offsets: Sequence[int] | None = None,
-    ) -> None:
-        by_device: dict[torch.device, list[int]] = {}
-        for i, tensor in enumerate(dst):
-            by_device.setdefault(tensor.device, []).append(i)
-        for device, members in by_device.items():
+    def _perturbed(self, parts: Sequence[Part]) -> list[Tensor]:
+        """A perturbed copy of each part, in the scratch."""
+        copies = self._scratch.allocate([(part.source.shape, part.source) for part in parts])
+        for device, members in by_device(parts):
             with torch.no_grad():
                 self._rooms[device].combine_(
-                    [dst[i] for i in members],
-                    [src[i].detach() for i in members],
-                    [[slots[i][1]] for i in members],
+                    [copies[i] for i in members],
+                    [parts[i].source for i in members],
+                    [[parts[i].scale] for i in members],
                     seed=self._seed,
                     directions=[self._direction],
-                    streams=[slots[i][0].stream for i in members],
-                    offsets=[0 if offsets is None else offsets[i] for i in members],
+                    streams=[parts[i].slot.stream for i in members],
+                    offsets=[parts[i].offset for i in members],
                     src_scale=1.0,
                     stochastic=False,
                     distribution=self._distribution,
                     changes=None,
                 )
+        return copies
+
+    def _part(self, parameter: Tensor, source: Tensor, offset: int) -> Part:
+        slot, scale = self._slots[id(parameter)]
+        return Part(source, slot, scale, offset)
 
     def _looked_up(self, ids: Tensor, weight: Tensor, *rest: Any, **kwargs: Any) -> bool:
         """Whether only the table is a parameter and fewer rows are read than it has."""
@@ -184,21 +192,16 @@ class StreamedWeights(TorchFunctionMode):
     def _embedding(self, ids: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
         """Perturbs only the rows that are looked up (padding_idx and the like act on gradients)."""
         unique, inverse = torch.unique(ids, return_inverse=True)
-        rows = weight.detach().index_select(0, unique)
-        slot = self._slots[id(weight)]
-        width = weight.shape[1]
-        parts = list(rows.unbind(0))
-        offsets = [index * width for index in unique.tolist()]
-        self._fill(parts, parts, [slot] * len(parts), offsets)
-        return F.embedding(inverse, rows)
+        table, width = weight.detach(), weight.shape[1]
+        numbers = unique.tolist()
+        rows = self._perturbed([self._part(weight, table[n], n * width) for n in numbers])
+        return F.embedding(inverse, torch.stack(rows) if rows else table[:0])
 
     def _row(self, stacked: Tensor, index: int) -> Tensor:
         """One slice of a stacked parameter (an expert), in a tensor of its own."""
         source = stacked.detach()[index]
-        row = torch.empty_like(source)
         start = (index % stacked.shape[0]) * source.numel()
-        self._fill([row], [source], [self._slots[id(stacked)]], [start])
-        return row
+        return self._perturbed([self._part(stacked, source, start)])[0].clone()
 
 
 class StreamedMode(Mode):
@@ -233,14 +236,25 @@ class StreamedMode(Mode):
                 scratch=self._scratch,
             ) as weights:
                 losses.append(loss_value(closure()))
-            if not weights.used:
-                raise RuntimeError(
-                    "mode 'streamed': the closure read none of the "
-                    f"{len(slots)} parameters through torch functions (the first is "
-                    f"'{slots[0].name}'); is it the model whose parameters the optimizer has, and "
-                    "is it called without torch.compile?"
-                )
+            self.expect_used(weights, slots)
         return losses[0], losses[1]
+
+    def expect_used(self, weights: StreamedWeights, slots: Sequence[Slot]) -> None:
+        """RuntimeError if no operation of the closure read a parameter."""
+        if not weights.used:
+            raise RuntimeError(
+                f"mode '{self.name}': the closure read none of the {len(slots)} parameters through "
+                f"torch functions (the first is '{slots[0].name}'); is it the model whose "
+                "parameters the optimizer has, and is it called without torch.compile?"
+            )
+
+
+def by_device(parts: Sequence[Part]) -> list[tuple[torch.device, list[int]]]:
+    """The places of the parts of each device."""
+    members: dict[torch.device, list[int]] = {}
+    for i, part in enumerate(parts):
+        members.setdefault(part.source.device, []).append(i)
+    return list(members.items())
 
 
 def _tensors(tree: object) -> Iterator[Tensor]:

@@ -1,0 +1,470 @@
+"""ZOSGD: two-point zeroth-order SGD as a torch optimizer."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_kernels import noise, ops
+from zo_kernels.modes import MODES, Closure, GroupUpdate, Slot, uninterrupted
+from zo_kernels.moments import standard_deviation
+from zo_kernels.optim.groups import check_group, check_storage
+from zo_kernels.optim.record import Running, StepRecord
+from zo_kernels.replay import (
+    GroupStep,
+    Header,
+    LogWriter,
+    Parameter,
+    Step,
+    check_base,
+    fingerprint,
+    group_update,
+    read_log,
+    replay_,
+)
+
+_SAMPLE = 4096  # elements of each tensor over which a mode's restore error is measured
+_NORM_REFRESH = 100  # steps between two measurements of ||theta||
+
+
+@dataclass(slots=True)
+class _Group:
+    """A parameter group as one step sees it: its trainable slots, and their coordinate scales."""
+
+    options: dict[str, Any]
+    slots: list[Slot]
+    units: list[float]
+
+
+class ZOSGD(torch.optim.Optimizer):
+    r"""SGD along gradients estimated from losses at theta + eps z and theta - eps z.
+
+    Per query, with z ~ N(0, I) or Rademacher, addressed by (seed, direction, parameter, element):
+
+        g = (l(theta + eps z) - l(theta - eps z)) / (2 eps)
+        theta <- (1 - lr * weight_decay) theta - lr * mean_q(g_q z_q)
+
+    which is SPSA as in MeZO (https://arxiv.org/abs/2305.17333) and Definition 3.1 of
+    https://arxiv.org/abs/2605.29396. z is never stored, the update is one pass over the weights
+    for all queries, and 16-bit weights are rounded stochastically so that small updates arrive.
+
+    With ``relative_eps`` the step is taken in coordinates scaled by each tensor's standard
+    deviation s: the perturbation is eps * s * z and the update lr * s * g * z.
+
+    Args:
+        params: ``model.named_parameters()``, or parameter groups whose "params" are (name, tensor)
+            pairs. Names are needed: they are the addresses of the noise. Parameters with
+            ``requires_grad=False`` at the time of a step are left alone.
+        lr: learning rate, at least 0; torch LR schedulers work.
+        eps: perturbation scale, at least 0; absolute, or a multiple of each tensor's standard
+            deviation with ``relative_eps``.
+        relative_eps: see above. The standard deviations are measured once, at the first step, and
+            kept in the state; a constant tensor is neither perturbed nor updated.
+        queries: directions per step, at least 1.
+        weight_decay: decoupled, multiplied by lr.
+        clip_projected_gradient: bound on \|g_q\|, or None.
+        update_norm: if given, the learning rate of each step is calibrated so that
+            ``||dtheta|| / ||theta|| = update_norm * lr / lr0`` in the group, with lr0 the lr it was
+            added with: lr only shapes the schedule then.
+        mode: who owns the weights during an evaluation: "streamed" (default), "dual", "inplace",
+            "snapshot", "master", "master8", or "mezo" (drifts; for comparison); see
+            ``zo_kernels.modes``.
+        seed: key of all noise, in [0, 2^64).
+        distribution: of z, "normal" or "rademacher" (+1 or -1, with which the passes over the
+            weights run at the speed of memory on every GPU).
+        backend: None (by device), "reference", "native" or "triton".
+        diagnostics: measure in each update what it did to the weights (``StepRecord``).
+
+    The closure may return any number; it runs without gradients. It must be a pure function of
+    the weights: evaluation mode, the same batch in all calls of one step. Gradient accumulation is
+    a closure that returns the mean loss over micro-batches.
+
+    Attributes:
+        last_step: ``StepRecord`` of the latest step, None before the first.
+        steps: number of steps taken, skipped ones included.
+        log: the ``LogWriter`` of ``start_log`` or ``resume_log``, or None.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        *,
+        relative_eps: bool = False,
+        queries: int = 1,
+        weight_decay: float = 0.0,
+        clip_projected_gradient: float | None = None,
+        update_norm: float | None = None,
+        mode: str = "streamed",
+        seed: int = 0,
+        distribution: str = "normal",
+        backend: str | None = None,
+        diagnostics: bool = True,
+    ) -> None:
+        if isinstance(queries, bool) or not isinstance(queries, int) or queries < 1:
+            raise ValueError(f"queries: expected an int of at least 1, got {queries!r}")
+        if mode not in MODES:
+            raise ValueError(f"mode: expected one of {sorted(MODES)}, got {mode!r}")
+        if backend is not None and backend not in ops.BACKENDS:
+            raise ValueError(f"backend: expected None or one of {ops.BACKENDS}, got {backend!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed: expected an int with 0 <= seed < 2^64, got {seed!r}")
+        if distribution not in noise.DISTRIBUTIONS:
+            raise ValueError(
+                f"distribution: expected one of {noise.DISTRIBUTIONS}, got {distribution!r}"
+            )
+        self.queries, self.seed, self.diagnostics = queries, seed, diagnostics
+        self.mode = MODES[mode](seed=seed, backend=backend, distribution=distribution)
+        self.steps = 0
+        self.last_step: StepRecord | None = None
+        self.log: LogWriter | None = None
+        self._gradients = Running()
+        self._streams: dict[str, int] = {}
+        self._warned = False
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "relative_eps": relative_eps,
+            "weight_decay": weight_decay,
+            "clip_projected_gradient": clip_projected_gradient,
+            "update_norm": update_norm,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of named parameters; see ``torch.optim.Optimizer.add_param_group``.
+
+        Raises:
+            TypeError, ValueError: naming the parameter or option, what was expected, what came.
+        """
+        if getattr(self, "log", None) is not None:
+            raise RuntimeError(
+                "add_param_group: expected it before the log was begun, got it after"
+            )
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_group(group)
+            check_storage(self.param_groups)
+            names = [name for g in self.param_groups for name in g["param_names"]]
+            self._streams = noise.assign_streams(names)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        group["base_lr"] = float(group["lr"])
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
+        """One step of ``queries`` two-point evaluations and one update.
+
+        Args:
+            closure: evaluates the loss, without arguments; called 2 * queries times.
+
+        Returns:
+            The mean of the losses evaluated (at perturbed weights). NaN or infinite if one was;
+            then no update is made, the weights are as before, and ``last_step.skipped`` says why.
+
+        An exception in the closure passes through; the weights are as before, the step is not
+        counted, and ``last_step.skipped`` names the exception. The same holds if the step cannot be
+        logged: it is on the disk before the weights change.
+        """
+        if closure is None:
+            raise TypeError("ZOSGD.step: expected a closure that evaluates the loss, got None")
+        groups = self._groups()
+        record = StepRecord(self.steps, lr=[float(group.options["lr"]) for group in groups])
+        self.last_step = record
+        try:
+            self._evaluate(groups, closure, record)
+            with uninterrupted():
+                self._finish(groups, record)
+        except BaseException as error:
+            record.skipped = f"{type(error).__name__}: {error}"
+            self.mode.settle()
+            raise
+        if record.skipped and not self._warned:
+            self._warned = True
+            warnings.warn(f"ZOSGD: step {record.step} skipped: {record.skipped}", stacklevel=2)
+        return record.loss
+
+    def start_log(self, path: str | os.PathLike[str], *, user: Any = None) -> None:
+        """Log every further step to a new file, from which replay rebuilds the weights.
+
+        Args:
+            path: of the file; see ``zo_kernels.replay``.
+            user: anything that JSON can hold, kept in the header.
+
+        Raises:
+            FileExistsError, OSError: the file exists, or cannot be made.
+            ValueError: steps were taken already, or mode "mezo", which cannot be replayed.
+        """
+        if self.steps:
+            raise ValueError(f"start_log: expected no step before it, got {self.steps}")
+        groups = self._groups()
+        slots = [slot for group in groups for slot in group.slots]
+        base = fingerprint((slot.name, slot.tensor) for slot in slots)
+        self.log = LogWriter(path, self._header(groups, base=base, user=user))
+
+    def resume_log(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        progress: Callable[[str, float, float], None] | None = None,
+    ) -> int:
+        """Take the weights, which are those before the first step, to where a log ends, and go on.
+
+        The next steps have the bits of a run that was never interrupted, if the closures and the
+        learning rates are the same: take schedulers and data to ``steps`` too.
+
+        Args:
+            path: of a log that a run with the same parameters and options left.
+            progress: called as progress(text, done, total).
+
+        Returns:
+            The number of steps in the log.
+
+        Raises:
+            ValueError: steps were taken already, or the log is damaged, of another run or of other
+                weights; names what differs. The weights are as before then.
+        """
+        if self.steps:
+            raise ValueError(f"resume_log: expected no step before it, got {self.steps}")
+        log = read_log(path)
+        units = {parameter.name: parameter.unit for parameter in log.header.parameters()}
+        for options in self.param_groups:
+            for name, tensor in zip(options["param_names"], options["params"], strict=True):
+                if options["relative_eps"] and name in units:
+                    self.state[tensor]["std"] = units[name]
+        groups = self._groups()
+        slots = [slot for group in groups for slot in group.slots]
+        tensors = {slot.name: slot.tensor for slot in slots}
+        self._header(groups).check_continues(log.header)
+        check_base(tensors, log.header)
+        # ||theta|| decides about learning rates with update_norm: measure it where the run did.
+        measured = len(log.steps) // _NORM_REFRESH * _NORM_REFRESH
+        options = {"backend": self.mode.backend, "progress": progress}
+        state = replay_(tensors, log, stop=measured, **options)
+        self.steps = measured
+        for group in groups:
+            self._norm(group)
+        state = replay_(tensors, log, start=measured, state=state, **options)
+        names = {noise.canonical_name(slot.name): slot.name for slot in slots}
+        self.mode.load_state({names[n]: copy for n, copy in state.copies.items()}, slots)
+        self.log = LogWriter.resume(path, log.header)
+        self.steps = len(log.steps)
+        return self.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state dict plus "zo": what the noise of the run depends on."""
+        state = super().state_dict()
+        state["zo"] = {
+            "noise_spec": noise.NOISE_SPEC,
+            "seed": self.seed,
+            "queries": self.queries,
+            "steps": self.steps,
+            "mode": self.mode.name,
+            "distribution": self.mode.distribution,
+            "streams": dict(self._streams),
+            "held": self.mode.state(),
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue another optimizer's run: its seed, step count, groups and measured scales.
+
+        Raises:
+            ValueError: if the state is not ZOSGD's, needs another NOISE_SPEC, mode or
+                distribution, or is of parameters with other names.
+        """
+        zo = state_dict.get("zo")
+        if zo is None:
+            raise ValueError("load_state_dict: expected a ZOSGD state with key 'zo', got none")
+        for key, expected in (
+            ("noise_spec", noise.NOISE_SPEC),
+            ("mode", self.mode.name),
+            ("distribution", self.mode.distribution),
+            ("streams", self._streams),
+        ):
+            if zo.get(key) != expected:
+                raise ValueError(f"load_state_dict: expected {key} {expected}, got {zo.get(key)}")
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
+        slots = [
+            Slot(name, tensor, self._streams[name])
+            for group in self.param_groups
+            for name, tensor in zip(group["param_names"], group["params"], strict=True)
+        ]
+        self.mode.load_state(zo.get("held", {}), slots)
+        self.seed = self.mode.seed = zo["seed"]
+        self.queries, self.steps = zo["queries"], zo["steps"]
+
+    def _header(
+        self, groups: Sequence[_Group], *, base: str | None = None, user: Any = None
+    ) -> Header:
+        return Header(
+            seed=self.seed,
+            queries=self.queries,
+            mode=self.mode.name,
+            distribution=self.mode.distribution,
+            groups=tuple(
+                tuple(
+                    Parameter.of(slot.name, slot.tensor, slot.stream, unit)
+                    for slot, unit in zip(group.slots, group.units, strict=True)
+                )
+                for group in groups
+            ),
+            base=base,
+            user=user,
+        )
+
+    def _groups(self) -> list[_Group]:
+        """The groups that have trainable parameters, as they are now."""
+        groups = []
+        for options in self.param_groups:
+            slots = [
+                Slot(name, tensor, self._streams[name])
+                for name, tensor in zip(options["param_names"], options["params"], strict=True)
+                if tensor.requires_grad
+            ]
+            if slots:
+                groups.append(_Group(options, slots, self._units(options, slots)))
+        if not groups:
+            raise ValueError("ZOSGD: expected a parameter with requires_grad=True, got none")
+        return groups
+
+    def _units(self, options: dict[str, Any], slots: Sequence[Slot]) -> list[float]:
+        """The coordinate scale of each slot: 1, or its standard deviation at the first step."""
+        if not options["relative_eps"]:
+            return [1.0] * len(slots)
+        units = []
+        for slot in slots:
+            state = self.state[slot.tensor]
+            if "std" not in state:
+                state["std"] = standard_deviation(slot.tensor)
+                if not math.isfinite(state["std"]):
+                    raise ValueError(f"'{slot.name}': expected finite weights, got NaN or infinity")
+            units.append(state["std"])
+        return units
+
+    def _evaluate(self, groups: Sequence[_Group], closure: Closure, record: StepRecord) -> None:
+        """All evaluations of a step, into the record."""
+        slots = [slot for group in groups for slot in group.slots]
+        scales = [float(group.options["eps"]) * unit for group in groups for unit in group.units]
+        sample = [] if self.mode.exact else _sample(slots)
+        for query in range(self.queries):
+            direction = noise.training_direction(self.steps, self.queries, query)
+            plus, minus = self.mode.evaluate_pair(slots, scales, direction, closure)
+            record.directions.append(direction)
+            record.losses_plus.append(plus)
+            record.losses_minus.append(minus)
+            if not (math.isfinite(plus) and math.isfinite(minus)):
+                record.skipped = f"non-finite loss in query {query}: l+ = {plus}, l- = {minus}"
+                break
+        if sample:
+            differences = zip(_sample(slots), sample, strict=True)
+            record.restore_error = standard_deviation(
+                torch.cat([after.float() - before.float() for after, before in differences]),
+                centred=False,
+            )
+
+    def _finish(self, groups: Sequence[_Group], record: StepRecord) -> None:
+        """Log the step and apply its update."""
+        steps = [self._group_step(number, group, record) for number, group in enumerate(groups)]
+        if self.log is not None:
+            self._expect_logged(groups)
+            losses = record.losses_plus, record.losses_minus
+            self.log.write_step(Step(record.step, *losses, steps, record.skipped is not None))
+        if record.skipped:
+            self.mode.settle()
+        else:
+            self._update(groups, steps, record)
+        self.steps += 1
+
+    def _group_step(self, number: int, group: _Group, record: StepRecord) -> GroupStep:
+        """The learning rate and the coefficients of one group's update."""
+        options, lr = group.options, float(group.options["lr"])
+        eps, clip = float(options["eps"]), options["clip_projected_gradient"]
+        if record.skipped:
+            return GroupStep(lr, eps, 1.0, [0.0] * self.queries)
+        gradients = [
+            (plus - minus) / (2 * eps) if eps else 0.0
+            for plus, minus in zip(record.losses_plus, record.losses_minus, strict=True)
+        ]
+        if clip is not None:
+            gradients = [max(-clip, min(clip, g)) for g in gradients]
+        if number == 0:
+            record.projected_gradients = gradients
+        if options["update_norm"] is not None:
+            # ||dtheta|| per unit of lr, from E z^2 = 1.
+            size = sum(
+                unit * unit * slot.tensor.numel()
+                for unit, slot in zip(group.units, group.slots, strict=True)
+            )
+            length = math.sqrt(size * sum(g * g for g in gradients)) / self.queries
+            schedule = lr / options["base_lr"] if options["base_lr"] else 1.0
+            target = float(options["update_norm"]) * schedule * self._norm(group)
+            lr = target / length if length else 0.0
+        record.lr[number] = lr
+        decay = 1.0 - lr * float(options["weight_decay"])
+        return GroupStep(lr, eps, decay, [-lr * g / self.queries for g in gradients])
+
+    def _update(
+        self, groups: Sequence[_Group], steps: Sequence[GroupStep], record: StepRecord
+    ) -> None:
+        updates = []
+        for group, step in zip(groups, steps, strict=True):
+            update = group_update(group.units, step.coefficients, step.decay, record.directions)
+            if update is not None:
+                updates.append(GroupUpdate(group.slots, update.scales, update.src_scale))
+        rows = sum(len(update.slots) for update in updates)
+        changes = torch.full((rows, 3), math.nan, dtype=torch.float64) if self.diagnostics else None
+        if updates:
+            self.mode.update(updates, record.directions, changes)
+        else:
+            self.mode.settle()
+        if not self.diagnostics:
+            return
+        moved, intended, lost = changes.sum(0).tolist()
+        total = sum(slot.tensor.numel() for group in groups for slot in group.slots)
+        if math.isfinite(moved):
+            record.update_norm, record.intended_norm = math.sqrt(moved), math.sqrt(intended)
+            record.lost = lost / total if total else 0.0
+            norm = math.sqrt(sum(self._norm(group) ** 2 for group in groups))
+            record.update_ratio = record.update_norm / norm if norm else None
+        for gradient in record.projected_gradients:
+            self._gradients.add(gradient)
+        record.gradient_mean, record.gradient_std = self._gradients.mean, self._gradients.std
+
+    def _norm(self, group: _Group) -> float:
+        options = group.options
+        if options.get("norm_step") != self.steps // _NORM_REFRESH:
+            options["norm_step"] = self.steps // _NORM_REFRESH
+            options["norm"] = math.sqrt(
+                sum(
+                    standard_deviation(slot.tensor, centred=False) ** 2 * slot.tensor.numel()
+                    for slot in group.slots
+                )
+            )
+        return options["norm"]
+
+    def _expect_logged(self, groups: Sequence[_Group]) -> None:
+        """ValueError unless the trainable parameters are those that the log began with."""
+        logged = [[parameter.name for parameter in group] for group in self.log.header.groups]
+        found = [[slot.name for slot in group.slots] for group in groups]
+        if found != logged:
+            names = {name for group in found for name in group}
+            others = sorted(names ^ {name for group in logged for name in group})
+            raise ValueError(
+                "ZOSGD.step: expected those parameters to be trainable with which the log began, "
+                f"got {len(others)} that changed, such as '{others[0]}'"
+            )
+
+
+def _sample(slots: Sequence[Slot]) -> list[Tensor]:
+    return [slot.tensor.detach().view(-1)[:_SAMPLE].clone() for slot in slots]
