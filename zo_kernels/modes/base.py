@@ -187,7 +187,7 @@ class Companions:
             self._versions[slot.name] = slot.tensor._version
 
     def load(self, state: dict[str, Tensor], slots: Sequence[Slot]) -> None:
-        """Take other companions over.
+        """Take other companions over, of the slots' weights as they are now.
 
         Raises:
             ValueError: one is not what a parameter of the run needs.
@@ -203,7 +203,7 @@ class Companions:
                     f"{tuple(like.shape)}, got {tensor.dtype} of shape {tuple(tensor.shape)}"
                 )
         self.tensors = {n: t.to(known[n].device, copy=True) for n, t in state.items()}
-        self._versions = {}
+        self.settled(slots)
 
 
 @contextmanager

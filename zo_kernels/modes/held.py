@@ -153,7 +153,7 @@ class Copies:
         sources: Sequence[Tensor],
     ) -> None:
         self._mode, self._direction, self._sources = mode, direction, list(sources)
-        self._tensors = [slot.tensor for slot in slots]
+        self._tensors = [slot.tensor.detach() for slot in slots]
         self._streams = [slot.stream for slot in slots]
         self.swap_(scales)
 
@@ -226,7 +226,7 @@ class SnapshotMode(HeldMode):
             if buffer is None or buffer.device != slot.tensor.device:
                 self._buffers[slot.name] = slot.tensor.detach().clone()
             else:
-                buffer.copy_(slot.tensor)
+                buffer.copy_(slot.tensor.detach())
         return Copies(self, slots, scales, direction, [self._buffers[s.name] for s in slots])
 
 
@@ -283,7 +283,7 @@ class MasterMode(HeldMode):
             backend=self.backend,
         )
         for slot, master in zip(update.slots, masters, strict=True):
-            slot.tensor.copy_(master)
+            slot.tensor.detach().copy_(master)
 
     def state(self) -> dict[str, Tensor]:
         """See ``Mode.state``."""
