@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels import ops
-from zo_kernels.modes.base import Companions, GroupUpdate, Slot
+from zo_kernels.modes.base import Closure, Companions, GroupUpdate, Slot
 from zo_kernels.modes.streamed import StreamedMode
 
 
@@ -27,6 +27,13 @@ class Master8Mode(StreamedMode):
     ) -> None:
         super().__init__(seed=seed, backend=backend, distribution=distribution)
         self._residuals = Companions(self.name, _no_residual, lambda residual, weight: False)
+
+    def evaluate_pair(
+        self, slots: Sequence[Slot], scales: Sequence[float], direction: int, closure: Closure
+    ) -> tuple[float, float]:
+        """See ``Mode.evaluate_pair``; refuses weights that were written by others."""
+        self._residuals.of(slots)
+        return super().evaluate_pair(slots, scales, direction, closure)
 
     def apply(self, update: GroupUpdate, directions: Sequence[int], changes: Tensor | None) -> None:
         """See ``Mode.apply``; rounds to nearest, 24 bits wide."""
