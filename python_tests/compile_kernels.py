@@ -1,8 +1,8 @@
 """Compiles kernels for sm_90 and writes what run_llir.py runs; called by the tests.
 
 `python compile_kernels.py FOLDER SET` writes NAME.ll, the LLVM IR, and NAME.json, the other fields
-of run_llir.Compiled, for each variant of the set "combine", "fake_quant" or "small". Runs in a
-process of its own: TRITON_INTERPRET must not be set.
+of run_llir.Compiled, for each variant of a set: "combine", "updates", "fake_quant" or "small".
+Runs in a process of its own: TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ COMBINE = [
     (_bf16, _bf16, 16, {"stochastic": True, "rademacher": True}),
     (_fp32, _fp32, 4, {"single": False, "rademacher": True}),
     (_fp16, _bf16, 1, {"stochastic": True, "changes": True}),
+]
+# The same for pair_.
+PAIR = [
+    (_bf16, _bf16, 16, {"pair": True}),
+    (_fp16, _fp16, 4, {"pair": True, "rademacher": True}),
+    (_fp32, _fp32, 1, {"pair": True}),
 ]
 # Kernels and kinds of formats, each on one dtype at least.
 FAKE_QUANT = [
@@ -97,6 +103,7 @@ def main() -> None:
     sets = {
         "combine": [combine_variant(*case) for case in COMBINE] + emit_variants(),
         "fake_quant": [v for v in quantize.variants() if v.name in FAKE_QUANT],
+        "updates": [combine_variant(*case) for case in PAIR],
         "small": llir_kernels.variants(),
     }
     write_ir(sets[sys.argv[2]], Path(sys.argv[1]))

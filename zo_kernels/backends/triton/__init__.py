@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from triton import knobs
 
-from zo_kernels.backends.triton import compile as _compile
 from zo_kernels.backends.triton import launch as _launch
 from zo_kernels.backends.triton import perturb as _perturb
 from zo_kernels.backends.triton import quantize as _quantize
 from zo_kernels.backends.triton.interpreter import mend
+from zo_kernels.backends.triton.launch import interpreting
+from zo_kernels.backends.triton.updates import pair_
 
 if knobs.runtime.interpret:
     mend()
 
+__all__ = [
+    "DEVICE_SCALES", "combine_", "fake_quant", "interpreting", "normal", "pair_", "rademacher",
+    "random_words", "unavailable_reason",
+]  # fmt: skip
 
 #: combine_ reads ``scales`` and ``directions`` that are tensors when its kernel runs.
 DEVICE_SCALES = True
-
-
-def interpreting() -> bool:
-    """Whether the kernels of this process run in Triton's interpreter."""
-    return type(_perturb.combine_kernel).__name__ == "InterpretedFunction"
 
 
 def unavailable_reason() -> str | None:
@@ -35,22 +34,6 @@ def unavailable_reason() -> str | None:
     if hasattr(torch, "xpu") and torch.xpu.is_available():
         return None
     return "no GPU is visible to torch, and TRITON_INTERPRET=1 is not set"
-
-
-def _on(device: torch.device) -> AbstractContextManager:
-    """Make the device current: models may be split over several, and Triton launches on one."""
-    if device.type == "cpu":
-        return nullcontext()
-    return torch.get_device_module(device).device(device)
-
-
-def _options(device: torch.device, lanes: int = _perturb.LANES) -> dict:
-    if interpreting():
-        return {}
-    # AMD's data centre GPUs have warps of 64; torch.xpu's Triton takes its own from 32.
-    wide = device.type == "cuda" and torch.version.hip is not None
-    warp_size = torch.cuda.get_device_properties(device).warp_size if wide else 32
-    return _compile.options(lanes, warp_size)
 
 
 def combine_(
@@ -94,23 +77,18 @@ def combine_(
         )
         if grid == 0:
             continue
-        partials = torch.empty(
-            (3, grid, _perturb.LANES) if changes is not None else 1,
-            dtype=torch.float32,
-            device=device,
-        )
-        with _on(device):
-            _perturb.combine_kernel[(grid,)](
+        partials = _launch.partial_sums(grid, changes is not None, device)
+        with _launch.on(device):
+            _launch.combine(
                 table,
+                grid,
                 scales,
                 directions,
                 partials,
-                table.shape[1],
-                count,
-                _launch.signed(seed & 0xFFFFFFFF),
-                _launch.signed(seed >> 32),
-                float(src_scale),
-                **_launch.constants(
+                seed,
+                src_scale,
+                _launch.options(device),
+                _launch.constants(
                     src_dtype,
                     dst_dtype,
                     stochastic=stochastic,
@@ -119,7 +97,6 @@ def combine_(
                     scale_src=src_scale != 1.0,
                     changes=changes is not None,
                 ),
-                **_options(device),
             )
         if changes is not None:
             _launch.sum_changes(partials, table, changes)
@@ -131,7 +108,7 @@ def _emit(what: str, count: int, dtype: torch.dtype, address: dict, device: torc
     end = begin + count
     lanes = _perturb.LANES
     programs = -(-end // (4 * lanes)) - begin // (4 * lanes)
-    with _on(device):
+    with _launch.on(device):
         _perturb.emit_kernel[(programs,)](
             out,
             begin,
@@ -142,7 +119,7 @@ def _emit(what: str, count: int, dtype: torch.dtype, address: dict, device: torc
             _launch.signed(address["direction"]),
             WHAT=what,
             LANES=lanes,
-            **_options(device),
+            **_launch.options(device),
         )
     return out
 
@@ -173,6 +150,6 @@ def random_words(
 
 def fake_quant(out: Tensor, tensor: Tensor, scheme: str, *, group: int, symmetric: bool) -> None:
     """out = tensor on the scheme's grid, a scale per group; see zo_kernels.quantize.fake_quant."""
-    options = _options(tensor.device, _quantize.LANES)
-    with _on(tensor.device):
+    options = _launch.options(tensor.device, _quantize.LANES)
+    with _launch.on(tensor.device):
         _quantize.launch(out, tensor, scheme, group, symmetric, options)

@@ -36,7 +36,7 @@ class Variant:
         aligned: pointer arguments known to be multiples of 16 bytes.
         lanes: threads per program; num_warps is lanes / warp size.
         bytes_per_element: read and written in global memory for one element of dst.
-        dst_itemsize: bytes of one element of dst.
+        dst_itemsize: bytes of one element of dst, of all outputs if there are several.
     """
 
     name: str

@@ -159,10 +159,12 @@ BUDGETS = (
     # From bfloat16 to float32 a lane, which owns 16 bytes of dst, reads 8 of src.
     Budget("*", "*", "bytes per element outside 16-byte accesses", 0, but="combine bf16-fp32"),
     Budget("combine*", "*", "bytes of shared memory", 0),
+    Budget("pair*", "*", "bytes of shared memory", 0),
     Budget("combine bf16", "sm_90", "instructions per element", 36, aim=33),
     Budget("combine fp32", "sm_90", "instructions per element", 36),
     Budget("combine*directions*", "sm_90", "instructions per element and further direction", 32),
     Budget("combine ???? rademacher", "sm_90", "instructions per element", 8),
+    Budget("pair ????", "sm_90", "instructions per element", 38),
 )
 
 

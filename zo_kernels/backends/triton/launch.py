@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import product
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from zo_kernels.backends.triton import compile as _compile
+from zo_kernels.backends.triton import perturb
 from zo_kernels.backends.triton.compile import Variant
-from zo_kernels.backends.triton.perturb import FIRST_TILE, LANES, ROW, STEPS, combine_kernel
+from zo_kernels.backends.triton.tiles import FIRST_TILE, LANES, ROW, STEPS
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -22,6 +25,28 @@ _KEPT = 4096  # tables; one takes 56 bytes per tensor, at least 512 on a GPU
 _tables: OrderedDict[tuple, tuple[Tensor, int]] = OrderedDict()
 # Tables that a captured CUDA graph reads at each replay, of which nobody tells the end.
 _captured: dict[tuple, tuple[Tensor, int]] = {}
+
+
+def interpreting() -> bool:
+    """Whether the kernels of this process run in Triton's interpreter."""
+    return type(perturb.combine_kernel).__name__ == "InterpretedFunction"
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """Make the device current: models may be split over several, and Triton launches on one."""
+    if device.type == "cpu":
+        return nullcontext()
+    return torch.get_device_module(device).device(device)
+
+
+def options(device: torch.device, lanes: int = LANES) -> dict:
+    """Compiler options of a launch on the device; see compile.options."""
+    if interpreting():
+        return {}
+    # AMD's data centre GPUs have warps of 64; torch.xpu's Triton takes its own from 32.
+    wide = device.type == "cuda" and torch.version.hip is not None
+    warp_size = torch.cuda.get_device_properties(device).warp_size if wide else 32
+    return _compile.options(lanes, warp_size)
 
 
 def signed(word: int) -> int:
@@ -41,24 +66,35 @@ def tile_table(
     streams: Sequence[int],
     offsets: Sequence[int],
     rows: Sequence[int],
+    others: Sequence[Tensor] = (),
     steps: int = STEPS,
 ) -> tuple[Tensor, int]:
-    """The int64 table (ROWS, tensors that are not empty) on the CPU, and the number of programs.
+    """The int64 table (rows, tensors that are not empty) on the CPU, and the number of programs.
 
-    ``rows`` are the tensors' places in the scales. A tensor's tiles begin where its memory is
-    aligned (combine_kernel's ``shift``).
+    ``rows`` are the tensors' places in the scales; ``others`` are tensors for the row OTHER, one
+    per tensor, or none. A tensor's tiles begin where its memory is aligned (tile_of's ``shift``).
     """
     tile = LANES * 8 * steps
     columns, programs = [], 0
-    for d, s, stream, offset, row in zip(dst, src, streams, offsets, rows, strict=True):
+    for i, d in enumerate(dst):
         if d.numel() == 0:
             continue
+        offset = offsets[i]
         address = _address(d, offset)
         chunk = 16 // d.element_size()
         ahead = -(-address % 16 // d.element_size()) % chunk  # -shift
         begin, end = offset + ahead, offset + d.numel() + ahead
         columns.append(
-            (programs, address, _address(s, offset), offset, offset + d.numel(), stream, row)
+            (
+                programs,
+                address,
+                _address(src[i], offset),
+                offset,
+                offset + d.numel(),
+                streams[i],
+                rows[i],
+                *(_address(other[i], offset) for other in (others,) if other),
+            )
         )
         programs += -(-end // tile) - begin // tile
     return torch.tensor(columns, dtype=torch.int64).t().contiguous(), programs
@@ -75,6 +111,7 @@ def device_table(
     offsets: Sequence[int],
     rows: Sequence[int],
     device: torch.device,
+    others: Sequence[Tensor] = (),
 ) -> tuple[Tensor, int]:
     """``tile_table`` on the device; made once for the same memory, streams and offsets.
 
@@ -85,6 +122,7 @@ def device_table(
         device,
         tuple((d.data_ptr(), d.numel(), d.dtype) for d in dst),
         tuple((s.data_ptr(), s.dtype) for s in src),
+        tuple(o.data_ptr() for o in others),
         tuple(streams),
         tuple(offsets),
         tuple(rows),
@@ -99,10 +137,10 @@ def device_table(
         return found
     if capturing:
         raise RuntimeError(
-            "combine_: expected the same call once before the capture of a CUDA graph, got a list "
+            "expected the same call once before the capture of a CUDA graph, got a list "
             "of tensors whose table is not on the device yet"
         )
-    table, programs = tile_table(dst, src, streams, offsets, rows)
+    table, programs = tile_table(dst, src, streams, offsets, rows, others)
     _tables[key] = table.to(device), programs
     if len(_tables) > _KEPT:
         _tables.popitem(last=False)
@@ -119,6 +157,39 @@ def device_arguments(
     both = both.to(device, non_blocking=True)
     bytes_of_words = words.numel() * 8
     return both[bytes_of_words:].view(torch.float32), both[:bytes_of_words].view(torch.int64)
+
+
+def partial_sums(grid: int, changes: bool, device: torch.device) -> Tensor:
+    """Where the programs of a launch leave their sums for ``sum_changes``, if changes are asked."""
+    shape = (3, grid, LANES) if changes else 1
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def combine(
+    table: Tensor,
+    grid: int,
+    scales: Tensor,
+    directions: Tensor,
+    partials: Tensor,
+    seed: int,
+    src_scale: float,
+    options: dict,
+    constants: dict,
+) -> None:
+    """Launch combine_kernel; the device is current."""
+    perturb.combine_kernel[(grid,)](
+        table,
+        scales,
+        directions,
+        partials,
+        table.shape[1],
+        directions.numel(),
+        signed(seed & 0xFFFFFFFF),
+        signed(seed >> 32),
+        float(src_scale),
+        **constants,
+        **options,
+    )
 
 
 def sum_changes(partials: Tensor, table: Tensor, changes: Tensor) -> None:
@@ -155,6 +226,7 @@ def constants(
     single: bool = True,
     scale_src: bool = False,
     changes: bool = False,
+    pair: bool = False,
 ) -> dict[str, object]:
     """The ``tl.constexpr`` arguments of combine_kernel."""
     return {
@@ -167,6 +239,7 @@ def constants(
         "SCALE_SRC": scale_src,
         "SINGLE": single,
         "CHANGES": changes,
+        "PAIR": pair,
         "LANES": LANES,
         "STEPS": STEPS,
     }
@@ -178,22 +251,23 @@ def variant(
     """One specialisation of combine_kernel; options as for ``constants``."""
     dst_dtype = src_dtype if dst_dtype is None else dst_dtype
     dtypes = list(dict.fromkeys((_SHORT_NAMES[src_dtype], _SHORT_NAMES[dst_dtype])))
-    words = [name for name, on in options.items() if on and name != "single"]
+    pair = options.get("pair", False)
+    words = [name for name, on in options.items() if on and name not in ("single", "pair")]
     words += ["directions"] if options.get("single") is False else []
     return Variant(
-        name=" ".join(["combine", "-".join(dtypes), *words]),
-        kernel=combine_kernel,
+        name=" ".join(["pair" if pair else "combine", "-".join(dtypes), *words]),
+        kernel=perturb.combine_kernel,
         signature=_SIGNATURE,
         constants=constants(src_dtype, dst_dtype, **options),
         aligned=(),
         lanes=LANES,
-        bytes_per_element=float(src_dtype.itemsize + dst_dtype.itemsize),
-        dst_itemsize=dst_dtype.itemsize,
+        bytes_per_element=float(src_dtype.itemsize + dst_dtype.itemsize * (1 + pair)),
+        dst_itemsize=dst_dtype.itemsize * (1 + pair),
     )
 
 
 def variants() -> list[Variant]:
-    """What the modes of ZOSGD launch."""
+    """What the modes of ZOSGD launch, and pair_."""
     fp32, bf16, fp16 = TRITON_DTYPES
     in_place = [
         variant(dtype, stochastic=stochastic, rademacher=rademacher, single=single)
@@ -208,4 +282,8 @@ def variants() -> list[Variant]:
         variant(bf16, stochastic=True, changes=True),
         variant(bf16, stochastic=True, scale_src=True),
     ]
-    return in_place + others
+    pairs = [
+        variant(dtype, rademacher=rademacher, pair=True)
+        for dtype, rademacher in product((bf16, fp16, fp32), (False, True))
+    ]
+    return in_place + others + pairs

@@ -17,60 +17,22 @@ Bytes moved per element: its size in src plus its size in dst.
 import triton
 import triton.language as tl
 
-from zo_kernels import noise
 from zo_kernels.backends.triton.directions import add_anywhere, add_unit, draw, draw_anywhere
 from zo_kernels.backends.triton.memory import load_masked, load_wide, store_masked, store_wide
-from zo_kernels.backends.triton.noise import normals, philox, round_stochastic, sign_byte
+from zo_kernels.backends.triton.noise import normals, philox, sign_byte
+from zo_kernels.backends.triton.tiles import (
+    LANES,
+    STEPS,
+    add_changes,
+    counters,
+    direction_word,
+    hot_steps,
+    rounded,
+    store_changes,
+    tile_of,
+)
 
-LANES = 128  # one per thread
-STEPS = 16  # steps per program: the table look-ups are shared by 16 * 128 * 8 elements
-# Rows of the int64 table, one column per tensor.
-FIRST_TILE, DST, SRC, BEGIN, END, STREAM, ROW, ROWS = range(8)
-_RADEMACHER_DOMAIN = tl.constexpr(noise.RADEMACHER_DOMAIN)
-
-
-@triton.jit
-def _find(table, tensors, program):
-    """The last column whose FIRST_TILE is at most program (binary search)."""
-    low = 0
-    high = tensors - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if tl.load(table + middle) <= program:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-@triton.jit
-def _direction(directions, k):
-    return tl.load(directions + k).to(tl.uint32)
-
-
-@triton.jit
-def _round(value, bits, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
-    if STOCHASTIC:
-        return round_stochastic(value, bits, DTYPE)
-    else:
-        return value.to(DTYPE)
-
-
-@triton.jit
-def _add_changes(moved, wanted, lost, old, acc, new, at, low, high):
-    """Per lane: sums of (new - old)^2 and (acc - old)^2, and how many elements did not move.
-
-    Elements outside [low, high) of the tile do not count; the block begins at `at` of it.
-    """
-    VEC: tl.constexpr = old.shape[1]
-    i = at + (tl.arange(0, old.shape[0])[:, None] * VEC + tl.arange(0, VEC)[None, :])
-    inside = (i >= low) & (i < high)
-    m = tl.where(inside, new.to(tl.float32) - old, 0.0)
-    w = tl.where(inside, acc - old, 0.0)
-    moved += tl.sum(m * m, axis=1)
-    wanted += tl.sum(w * w, axis=1)
-    lost += tl.sum(((m == 0.0) & (w != 0.0)).to(tl.float32), axis=1)
-    return moved, wanted, lost
+__all__ = ["LANES", "STEPS", "combine_kernel", "emit_kernel"]
 
 
 @triton.jit(
@@ -78,7 +40,7 @@ def _add_changes(moved, wanted, lost, old, acc, new, at, low, high):
     do_not_specialize_on_alignment=["table", "scales", "directions", "partials"],
 )
 def combine_kernel(
-    table,  # (ROWS, tensors) int64
+    table,  # (7 or 8, tensors) int64
     scales,  # (rows, directions_count) float32
     directions,  # (directions_count,) int64
     partials,  # (3, programs, LANES) float32, if CHANGES
@@ -96,12 +58,13 @@ def combine_kernel(
     SCALE_SRC: tl.constexpr,
     SINGLE: tl.constexpr,  # directions_count == 1
     CHANGES: tl.constexpr,
+    PAIR: tl.constexpr,  # src - scale * z goes to a second output; SINGLE, to nearest
     LANES: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """See the module; table rows are FIRST_TILE .. ROW of this file.
+    """See the module; table rows are FIRST_TILE .. ROW of tiles.py, and OTHER if PAIR.
 
-    DST and SRC are the addresses that element 0 of the full parameter would have.
+    DST, SRC and OTHER are the addresses that element 0 of the full parameter would have.
     """
     VEC: tl.constexpr = 16 // DST_ITEMSIZE  # elements of a chunk
     WIDTH: tl.constexpr = LANES * VEC  # elements of a part: one chunk per lane
@@ -114,55 +77,31 @@ def combine_kernel(
     k0 = seed_lo.to(tl.uint32, bitcast=True)
     k1 = seed_hi.to(tl.uint32, bitcast=True)
 
-    column = _find(table, tensors, program)
-    tile = program - tl.load(table + column)
-    dst = tl.load(table + tensors + column)
+    column, dst, stream, shift, start, low, high = tile_of(
+        table, tensors, program, DST_ITEMSIZE, VEC, TILE
+    )
     src = tl.load(table + 2 * tensors + column)
-    begin = tl.load(table + 3 * tensors + column)
-    end = tl.load(table + 4 * tensors + column)
-    stream = tl.load(table + 5 * tensors + column).to(tl.uint32)
     row = scales + tl.load(table + 6 * tensors + column) * directions_count
     last_scale = tl.load(row + directions_count - 1)
-    last_direction = _direction(directions, directions_count - 1)
-
-    # Chunks begin at elements x + shift, x a multiple of VEC, -VEC < shift <= 0: there dst is
-    # aligned.
-    shift = (((-dst) & 15) // DST_ITEMSIZE).to(tl.int32)
-    shift = tl.where(shift > 0, shift - VEC, 0)
-    r = shift & 3
-    start = ((begin - shift) // TILE + tile) * TILE
+    last_direction = direction_word(directions, directions_count - 1)
+    tile_src = src + (start + shift) * SRC_ITEMSIZE
+    tile_dst = dst + (start + shift) * DST_ITEMSIZE
     src_aligned = ((src + shift * SRC_ITEMSIZE) & (SRC_ALIGNMENT - 1)) == 0
-    if RADEMACHER:
-        hot = src_aligned & (shift == 0)
-    else:
-        hot = src_aligned & (r == 0)
-    # The part of this tile that the tensor has, counted from the tile's first element: from here
-    # on offsets fit in 32 bits.
-    low = tl.maximum(begin - shift - start, 0).to(tl.int32)
-    high = tl.minimum(end - shift - start, TILE).to(tl.int32)
-    # Steps that touch it, and those among them that the hot loop takes.
-    first = low // STEP
-    last = (high + STEP - 1) // STEP
-    hot_first = (low + STEP * UNIT - 1) // (STEP * UNIT)
-    # The high counter word must be the same in all lanes: it changes within this step.
-    wraps = (shift != 0) & ((start & 0x3FFFFFFFF) == 0)
-    hot_first = tl.where(wraps, tl.maximum(hot_first, 1), hot_first)
-    hot_last = high // (STEP * UNIT)
-    hot_last = tl.where(hot, tl.maximum(hot_last, hot_first), hot_first)
+    r = shift & 3
+    hot = src_aligned & ((shift if RADEMACHER else r) == 0)
+    if PAIR:
+        minus = tl.load(table + 7 * tensors + column)
+        tile_minus = minus + (start + shift) * DST_ITEMSIZE
+        minus_aligned = ((minus + shift * DST_ITEMSIZE) & 15) == 0
+        hot &= minus_aligned
+    first, last, hot_first, hot_last = hot_steps(hot, shift, start, low, high, STEP, UNIT)
 
     lane = tl.arange(0, LANES)
     moved = tl.zeros([LANES], tl.float32)
     wanted = tl.zeros([LANES], tl.float32)
     lost = tl.zeros([LANES], tl.float32)
 
-    # The high counter words are the same in the whole tile.
-    tile_src = src + (start + shift) * SRC_ITEMSIZE
-    tile_dst = dst + (start + shift) * DST_ITEMSIZE
-    tile_lo = ((start + shift) >> 2).to(tl.uint32) + lane.to(tl.uint32) * (VEC // 4)
-    hi = (start >> 34).to(tl.uint32)
-    # A unit of signs is the span of 32 Philox calls; a lane needs one of them.
-    tile_call = (start >> 7).to(tl.uint32) + (lane.to(tl.uint32) * VEC // 8) % 32
-    call_hi = (start >> 39).to(tl.uint32) | _RADEMACHER_DOMAIN
+    tile_lo, hi, tile_call, call_hi = counters(start, shift, VEC, LANES)
     for unit in range(hot_first, hot_last):
         ahead = unit * (STEP * UNIT)
         lo = tile_lo + (ahead // 4).to(tl.uint32)
@@ -176,23 +115,31 @@ def combine_kernel(
             for k in range(directions_count - 1):
                 accs = add_unit(
                     accs, tl.load(row + k), lo, call, hi, call_hi, k0, k1, stream,
-                    _direction(directions, k), RADEMACHER, VEC, LANES,
+                    direction_word(directions, k), RADEMACHER, VEC, LANES,
                 )  # fmt: skip
         accs = add_unit(
             accs, last_scale, lo, call, hi, call_hi, k0, k1, stream, last_direction,
             RADEMACHER, VEC, LANES,
         )  # fmt: skip
+        if PAIR:
+            others = add_unit(
+                olds, -last_scale, lo, call, hi, call_hi, k0, k1, stream, last_direction,
+                RADEMACHER, VEC, LANES,
+            )  # fmt: skip
         for part in tl.static_range(UNIT * PARTS_PER_STEP):
             if STOCHASTIC:
                 block = lo + part * (WIDTH // 4)
                 bits = draw(block, hi, k0, k1, stream, last_direction, True, VEC, LANES)
             else:
                 bits = 0
-            new = _round(accs[part], bits, DST_DTYPE, STOCHASTIC)
+            new = rounded(accs[part], bits, DST_DTYPE, STOCHASTIC)
             store_wide(tile_dst, ahead + part * WIDTH, new, DST_DTYPE, VEC, LANES)
+            if PAIR:
+                other = others[part].to(DST_DTYPE)
+                store_wide(tile_minus, ahead + part * WIDTH, other, DST_DTYPE, VEC, LANES)
             if CHANGES:
                 at = ahead + part * WIDTH
-                moved, wanted, lost = _add_changes(
+                moved, wanted, lost = add_changes(
                     moved, wanted, lost, olds[part], accs[part], new, at, low, high
                 )
 
@@ -211,7 +158,7 @@ def combine_kernel(
         if not SINGLE:
             for k in range(directions_count - 1):
                 acc = add_anywhere(
-                    acc, tl.load(row + k), i, r, k0, k1, stream, _direction(directions, k),
+                    acc, tl.load(row + k), i, r, k0, k1, stream, direction_word(directions, k),
                     RADEMACHER, VEC, LANES,
                 )  # fmt: skip
         acc = add_anywhere(
@@ -221,20 +168,24 @@ def combine_kernel(
             bits = draw_anywhere(i, r, k0, k1, stream, last_direction, True, VEC, LANES)
         else:
             bits = 0
-        new = _round(acc, bits, DST_DTYPE, STOCHASTIC)
+        new = rounded(acc, bits, DST_DTYPE, STOCHASTIC)
         if inside:
             store_wide(tile_dst, at, new, DST_DTYPE, VEC, LANES)
         else:
             store_masked(tile_dst, at, low, high, new, DST_DTYPE, VEC, LANES)
+        if PAIR:
+            other = add_anywhere(
+                old, -last_scale, i, r, k0, k1, stream, last_direction, RADEMACHER, VEC, LANES
+            ).to(DST_DTYPE)
+            if inside & minus_aligned:
+                store_wide(tile_minus, at, other, DST_DTYPE, VEC, LANES)
+            else:
+                store_masked(tile_minus, at, low, high, other, DST_DTYPE, VEC, LANES)
         if CHANGES:
-            moved, wanted, lost = _add_changes(moved, wanted, lost, old, acc, new, at, low, high)
+            moved, wanted, lost = add_changes(moved, wanted, lost, old, acc, new, at, low, high)
 
     if CHANGES:
-        p = partials + program * LANES + lane
-        plane = tl.num_programs(0).to(tl.int64) * LANES
-        tl.store(p, moved)
-        tl.store(p + plane, wanted)
-        tl.store(p + 2 * plane, lost)
+        store_changes(partials, program, moved, wanted, lost)
 
 
 @triton.jit(do_not_specialize=["begin", "end", "seed_lo", "seed_hi", "stream", "direction"])
