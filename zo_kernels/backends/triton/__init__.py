@@ -13,14 +13,14 @@ from zo_kernels.backends.triton import perturb as _perturb
 from zo_kernels.backends.triton import quantize as _quantize
 from zo_kernels.backends.triton.interpreter import mend
 from zo_kernels.backends.triton.launch import interpreting
-from zo_kernels.backends.triton.updates import pair_
+from zo_kernels.backends.triton.updates import advance_, pair_
 
 if knobs.runtime.interpret:
     mend()
 
 __all__ = [
-    "DEVICE_SCALES", "combine_", "fake_quant", "interpreting", "normal", "pair_", "rademacher",
-    "random_words", "unavailable_reason",
+    "DEVICE_SCALES", "advance_", "combine_", "fake_quant", "interpreting", "normal", "pair_",
+    "rademacher", "random_words", "unavailable_reason",
 ]  # fmt: skip
 
 #: combine_ reads ``scales`` and ``directions`` that are tensors when its kernel runs.

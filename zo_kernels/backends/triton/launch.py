@@ -147,16 +147,21 @@ def device_table(
     return _tables[key]
 
 
+def in_one_copy(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """CPU tensors as flat ones on the device; the larger dtypes first."""
+    both = torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors])
+    parts = both.to(device, non_blocking=True).split([tensor.nbytes for tensor in tensors])
+    return [part.view(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 def device_arguments(
     scales: Sequence[Sequence[float]], directions: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """scales as float32 (tensors, K) and directions as int64 (K,) on the device, in one copy."""
     rows = torch.tensor(scales, dtype=torch.float32)
     words = torch.tensor(directions, dtype=torch.int64)
-    both = torch.cat([words.view(torch.uint8), rows.flatten().view(torch.uint8)])
-    both = both.to(device, non_blocking=True)
-    bytes_of_words = words.numel() * 8
-    return both[bytes_of_words:].view(torch.float32), both[:bytes_of_words].view(torch.int64)
+    words, rows = in_one_copy([words, rows], device)
+    return rows, words
 
 
 def partial_sums(grid: int, changes: bool, device: torch.device) -> Tensor:
@@ -214,7 +219,7 @@ _SIGNATURE = {
     "seed_hi": "i32",
     "src_scale": "fp32",
 }
-_SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def constants(
@@ -250,7 +255,7 @@ def variant(
 ) -> Variant:
     """One specialisation of combine_kernel; options as for ``constants``."""
     dst_dtype = src_dtype if dst_dtype is None else dst_dtype
-    dtypes = list(dict.fromkeys((_SHORT_NAMES[src_dtype], _SHORT_NAMES[dst_dtype])))
+    dtypes = list(dict.fromkeys((SHORT_NAMES[src_dtype], SHORT_NAMES[dst_dtype])))
     pair = options.get("pair", False)
     words = [name for name, on in options.items() if on and name not in ("single", "pair")]
     words += ["directions"] if options.get("single") is False else []

@@ -118,3 +118,17 @@ def store_masked(
         i = ahead + tl.arange(0, LANES) * VEC + e
         p = address.to(tl.pointer_type(DTYPE)) + i
         tl.store(p, columns[e], mask=(i >= low) & (i < high))
+
+
+@triton.jit
+def load_bytes(address, ahead, VEC: tl.constexpr, LANES: tl.constexpr):
+    """A block of int8 in accesses of VEC bytes; `ahead` and the address are multiples of VEC."""
+    lane = tl.arange(0, LANES)[:, None] * VEC
+    return tl.load(_pointer(address, tl.int8, VEC) + ahead + (lane + tl.arange(0, VEC)[None, :]))
+
+
+@triton.jit
+def store_bytes(address, ahead, x, VEC: tl.constexpr, LANES: tl.constexpr):
+    """Counterpart of load_bytes."""
+    lane = tl.arange(0, LANES)[:, None] * VEC
+    tl.store(_pointer(address, tl.int8, VEC) + ahead + (lane + tl.arange(0, VEC)[None, :]), x)
