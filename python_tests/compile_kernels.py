@@ -16,7 +16,7 @@ from pathlib import Path
 import llir_kernels
 import torch
 
-from zo_kernels.backends.triton import launch, perturb, quantize
+from zo_kernels.backends.triton import launch, perturb, quantize, updates
 from zo_kernels.backends.triton.compile import TARGETS, Variant, compile_variant
 
 # dtypes of src and dst, steps per program and options of the variants of combine_kernel that
@@ -39,6 +39,16 @@ PAIR = [
     (_fp16, _fp16, 4, {"pair": True, "rademacher": True}),
     (_fp32, _fp32, 1, {"pair": True}),
 ]
+# dtype, steps and options of the variants of advance_kernel.
+ADVANCE = [
+    (_bf16, 16, {"stochastic": True}),
+    (_fp16, 4, {"rademacher": True, "stochastic": True, "single": False}),
+    (_fp32, 1, {"scale_src": True, "single": False}),
+    (_bf16, 4, {"rademacher": True, "scale_src": True}),
+    (_bf16, 16, {"residuals": True, "scale_src": True, "single": False}),
+    (_fp16, 1, {"residuals": True, "rademacher": True}),
+    (_fp16, 4, {"changes": True, "scale_src": True, "single": False}),
+]
 # Kernels and kinds of formats, each on one dtype at least.
 FAKE_QUANT = [
     "fake_quant fp32 int4 g128",
@@ -59,6 +69,16 @@ FAKE_QUANT = [
 def combine_variant(src: torch.dtype, dst: torch.dtype, steps: int, options: dict) -> Variant:
     """A variant of combine_kernel with STEPS steps per program."""
     base = launch.variant(src, dst, **options)
+    return replace(
+        base,
+        name=f"{base.name} {steps} steps",
+        constants={**base.constants, "STEPS": steps},
+    )
+
+
+def advance_variant(dtype: torch.dtype, steps: int, options: dict) -> Variant:
+    """A variant of advance_kernel with STEPS steps per program."""
+    base = updates.variant(dtype, **options)
     return replace(
         base,
         name=f"{base.name} {steps} steps",
@@ -103,7 +123,10 @@ def main() -> None:
     sets = {
         "combine": [combine_variant(*case) for case in COMBINE] + emit_variants(),
         "fake_quant": [v for v in quantize.variants() if v.name in FAKE_QUANT],
-        "updates": [combine_variant(*case) for case in PAIR],
+        "updates": [
+            *(combine_variant(*case) for case in PAIR),
+            *(advance_variant(*case) for case in ADVANCE),
+        ],
         "small": llir_kernels.variants(),
     }
     write_ir(sets[sys.argv[2]], Path(sys.argv[1]))
