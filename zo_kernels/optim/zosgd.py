@@ -179,6 +179,9 @@ class ZOSGD(torch.optim.Optimizer):
         if closure is None:
             raise TypeError("ZOSGD.step: expected a closure that evaluates the loss, got None")
         groups = self._groups()
+        self.mode.settle()
+        for group in groups:
+            self._measure_norm(group)
         record = StepRecord(self.steps, lr=[float(group.options["lr"]) for group in groups])
         self.last_step = record
         try:
@@ -253,7 +256,7 @@ class ZOSGD(torch.optim.Optimizer):
         state = replay_(tensors, log, stop=measured, **options)
         self.steps = measured
         for group in groups:
-            self._norm(group)
+            self._measure_norm(group)
         state = replay_(tensors, log, start=measured, state=state, **options)
         names = {noise.canonical_name(slot.name): slot.name for slot in slots}
         self.mode.load_state({names[n]: copy for n, copy in state.copies.items()}, slots)
@@ -408,7 +411,7 @@ class ZOSGD(torch.optim.Optimizer):
             )
             length = math.sqrt(size * sum(g * g for g in gradients)) / self.queries
             schedule = lr / options["base_lr"] if options["base_lr"] else 1.0
-            target = float(options["update_norm"]) * schedule * self._norm(group)
+            target = float(options["update_norm"]) * schedule * options["norm"]
             lr = target / length if length else 0.0
         record.lr[number] = lr
         decay = 1.0 - lr * float(options["weight_decay"])
@@ -435,23 +438,24 @@ class ZOSGD(torch.optim.Optimizer):
         if math.isfinite(moved):
             record.update_norm, record.intended_norm = math.sqrt(moved), math.sqrt(intended)
             record.lost = lost / total if total else 0.0
-            norm = math.sqrt(sum(self._norm(group) ** 2 for group in groups))
+            norm = math.sqrt(sum(group.options["norm"] ** 2 for group in groups))
             record.update_ratio = record.update_norm / norm if norm else None
         for gradient in record.projected_gradients:
             self._gradients.add(gradient)
         record.gradient_mean, record.gradient_std = self._gradients.mean, self._gradients.std
 
-    def _norm(self, group: _Group) -> float:
-        options = group.options
-        if options.get("norm_step") != self.steps // _NORM_REFRESH:
-            options["norm_step"] = self.steps // _NORM_REFRESH
+    def _measure_norm(self, group: _Group) -> None:
+        """||theta|| of the group into its options, every so many steps, where it is asked for."""
+        options, period = group.options, self.steps // _NORM_REFRESH
+        wanted = self.diagnostics or options["update_norm"] is not None
+        if wanted and options.get("norm_period") != period:
+            options["norm_period"] = period
             options["norm"] = math.sqrt(
                 sum(
                     standard_deviation(slot.tensor, centred=False) ** 2 * slot.tensor.numel()
                     for slot in group.slots
                 )
             )
-        return options["norm"]
 
     def _expect_logged(self, groups: Sequence[_Group]) -> None:
         """ValueError unless the trainable parameters are those that the log began with."""
