@@ -381,6 +381,25 @@ def test_failures_that_cannot_be_taken_back_are_taken_back_later(tmp_path, monke
         LogWriter("/dev/full", header_of([TENSORS]))
 
 
+def test_a_record_that_does_not_reach_the_disk_is_taken_back(tmp_path, monkeypatch):
+    path, steps = tmp_path / "run.zolog", steps_of(2)
+    real, failures = os.fsync, [OSError(5, "Input/output error")]
+
+    def fsync(number):
+        if failures:
+            raise failures.pop()
+        real(number)
+
+    with LogWriter(path, header_of([TENSORS])) as writer:
+        writer.write_step(steps[0])
+        monkeypatch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match="Input/output error; after 1 steps, the log ends with"):
+            writer.write_step(steps[1])
+        assert (len(read_log(path).steps), read_log(path).torn) == (1, 0)
+        writer.write_step(steps[1])
+    assert len(read_log(path).steps) == 2
+
+
 def test_fingerprint():
     """Order does not count; every bit, name, dtype and shape does."""
     one = fingerprint(TENSORS.items())

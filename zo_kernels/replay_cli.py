@@ -62,7 +62,7 @@ def _add_where(command: argparse.ArgumentParser) -> None:
 
 
 def _replay(options: argparse.Namespace) -> None:
-    from zo_kernels.replay.directory import replay_directory
+    from zo_kernels.replay import replay_directory
 
     log = _read(options.log)
     count = len(log.steps)
@@ -91,7 +91,7 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from zo_kernels.replay.walk import verify
+    from zo_kernels.replay import verify
 
     log = _read(options.log)
     if not log.marks and options.model is None:
@@ -110,7 +110,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _diff(options: argparse.Namespace) -> None:
-    from zo_kernels.replay.compare import diff
+    from zo_kernels.replay import diff
 
     found = diff(_read(options.a), _read(options.b))
     if options.json:

@@ -168,7 +168,9 @@ def _write_config(walk: Walk, work: Path, size: int) -> list[str]:
             config["dtype"] = names[0]
         text = json.dumps(config, indent=2) + "\n"
         (work / "config.json").write_text(text, encoding="utf-8")
-    return [f"logged tensors are {', '.join(names)} as in the run, cast from {', '.join(casts)}"]
+    return [
+        f"logged tensors are {', '.join(names)} as in the run, cast from {', '.join(sorted(casts))}"
+    ]
 
 
 def _copy_others(folder: WeightFolder, work: Path) -> list[str]:

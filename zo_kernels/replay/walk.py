@@ -162,6 +162,8 @@ def verify(
     walk.check_base()
     for group, member, _, entry in walk.places:
         walk.tensor(group, member, entry)
+    if progress is not None:
+        progress(f"{walk.stop} steps", 1, 1)
     found = walk.checks()
     if refined is not None:
         expected = base_fingerprint(refined, log)

@@ -132,6 +132,9 @@ class WeightFolder:
             raise FileNotFoundError(
                 f"{directory}: expected a Hugging Face directory with model.safetensors or {INDEX}"
             )
+        for name in names:
+            if Path(name).name != name:
+                raise ValueError(f"{directory / INDEX}: expected names of files, got {name!r}")
         self.files = [read_file_header(directory / name) for name in names]
         self.config: dict[str, Any] = _read_json(directory / "config.json") or {}
         self._entries: dict[str, Entry] = {}
@@ -222,7 +225,7 @@ def copy_bytes(entry: Entry, out: BinaryIO) -> None:
     with entry.path.open("rb") as file:
         file.seek(entry.start)
         while left:
-            part = file.read(min(left, 4 * PIECE))
+            part = file.read(min(left, PIECE))
             if not part:
                 raise OSError(f"{entry.path}: '{entry.name}': expected {left} more bytes")
             out.write(part)
