@@ -6,13 +6,12 @@ import json
 
 import pytest
 import torch
-from test_replay_directory import in_memory, log_of, saved, tensors_of
 from tiny_logs import steps_of, write
 from tiny_models import tiny_model
+from tiny_replay import in_memory, log_of, saved, tensors_of
 
 from zo_kernels import cli
-from zo_kernels.replay import read_log
-from zo_kernels.replay.compare import diff
+from zo_kernels.replay import diff, read_log
 
 
 @pytest.fixture(scope="module")

@@ -5,66 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny_logs import header_of, steps_of, write
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import tiny_model
+from tiny_replay import HEAD, assert_same, in_memory, log_of, saved, tensors_of
 
 from zo_kernels.refine import checkpoint
-from zo_kernels.replay import fingerprint, read_log, replay_, weights
-from zo_kernels.replay.directory import replay_directory
-from zo_kernels.replay.walk import verify
-from zo_kernels.replay.weights import WeightFolder
-
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-
-def saved(path, model, shard="1GB"):
-    """The model and its tokenizer in a directory."""
-    model.save_pretrained(path, max_shard_size=shard)
-    tiny_tokenizer().save_pretrained(path)
-    return path
-
-
-def log_of(
-    path, model, *, mode="streamed", chosen=lambda name: True, count=5, mark=True, **options
-):
-    """A log over a model's parameters in two groups, with a mark in the middle and at the end."""
-    named = {n: p.detach() for n, p in model.named_parameters() if chosen(n)}
-    names = list(named)
-    groups = [{n: named[n] for n in names[0::2]}, {n: named[n] for n in names[1::2]}]
-    units = {n: 0.25 + i / 7 for i, n in enumerate(names)}
-    header = header_of(groups, units, queries=2, mode=mode, **options)
-    steps = steps_of(count, queries=2, groups=2, skip=[3])
-    plain = read_log(write(path.with_suffix(".plain"), header, steps))
-    marks = {stop: fingerprint(in_memory(model, plain, stop).items()) for stop in (2, count)}
-    return read_log(write(path, header, steps, marks if mark else None))
-
-
-def in_memory(model, log, stop=None):
-    """The logged parameters after replay, by name."""
-    named = {n: p.detach().clone() for n, p in model.named_parameters()}
-    replay_(named, log, stop=stop)
-    return {p.name: named[p.name] for p in log.header.parameters()}
-
-
-def tensors_of(path):
-    """All tensors of a directory, and the file of each."""
-    found = {}
-    for file in sorted(path.glob("*.safetensors")):
-        found |= {name: (tensor, file.name) for name, tensor in load_file(file).items()}
-    return found
-
-
-def assert_same(found, expected):
-    assert found.dtype == expected.dtype and found.shape == expected.shape
-    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+from zo_kernels.replay import fingerprint, read_log, replay_, replay_directory, verify, weights
 
 
 @pytest.mark.parametrize("mode", ["streamed", "master", "master8"])
@@ -138,63 +91,22 @@ def test_another_dtype_than_the_logs(tmp_path):
     assert fingerprint((n, named[n]) for n in expected) == done.fingerprint
 
 
-def renamed(path, names):
-    """Rename tensors of model.safetensors; a list of names means copies."""
-    tensors = load_file(path / "model.safetensors")
-    for old, new in names.items():
-        tensor = tensors.pop(old)
-        tensors |= {name: tensor.clone() for name in new}
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-
-
-def edit_config(path, **changes):
-    config = json.loads((path / "config.json").read_text())
-    config = {k: v for k, v in {**config, **changes}.items() if v is not None}
-    (path / "config.json").write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize("names", [[EMBEDDING], [HEAD], [EMBEDDING, HEAD]], ids=str)
-@pytest.mark.parametrize("tie", [True, None])
-def test_tied_weights_under_either_name_or_both(tmp_path, names, tie):
-    model = tiny_model("llama_tied", torch.bfloat16)
-    base = saved(tmp_path / "base", model)
-    renamed(base, {EMBEDDING: names})
-    edit_config(base, tie_word_embeddings=tie)
-    log = log_of(tmp_path / "log", model)
-    replay_directory(base, log, tmp_path / "out")
-    expected, after = in_memory(model, log), tensors_of(tmp_path / "out")
-    assert set(after) == {*expected} - {EMBEDDING} | {*names}
-    for name, (tensor, _) in after.items():
-        assert_same(tensor, expected[EMBEDDING if name == HEAD else name])
-
-
-def test_embedding_and_head_that_differ_are_two(tmp_path):
-    model = tiny_model("llama", torch.bfloat16)
-    base = saved(tmp_path / "base", model)
-    log = log_of(tmp_path / "log", model, chosen=lambda n: n == EMBEDDING or "proj" in n)
-    for tie in (False, None):
-        edit_config(base, tie_word_embeddings=tie)
-        replay_directory(base, log, tmp_path / "out")
-        after = tensors_of(tmp_path / "out")
-        assert_same(after[HEAD][0], model.lm_head.weight.detach())
-        assert_same(after[EMBEDDING][0], in_memory(model, log)[EMBEDDING])
-    renamed(base, {EMBEDDING: []})
-    edit_config(base, tie_word_embeddings=False)
-    with pytest.raises(ValueError, match=f"'{EMBEDDING}': expected this parameter of the log, got"):
-        replay_directory(base, log, tmp_path / "new")
-
-
-def test_a_base_model_saved_alone(tmp_path):
-    """GPT-2's published files lack the prefix that the model with a head gives."""
-    model = tiny_model("gpt2", torch.float16)
-    saved(tmp_path / "base", model)
-    log = log_of(tmp_path / "log", model)
-    before = tensors_of(tmp_path / "base")
-    renamed(tmp_path / "base", {n: [n.removeprefix("transformer.")] for n in before})
+def test_a_group_moves_as_one(tmp_path):
+    """A tensor of unit 0 takes the passes of its group, and only those: zeros keep their signs."""
+    tensors = {name: torch.full((8,), -0.0) for name in ("v", "w", "x")}
+    (tmp_path / "base").mkdir()
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    groups = [{n: tensors[n] for n in "vw"}, {"x": tensors["x"]}]
+    header = header_of(groups, {"w": 0.0, "x": 0.0})
+    steps = [replace(step, groups=[replace(g, decay=1.0) for g in step.groups])
+             for step in steps_of(2, groups=2)]  # fmt: skip
+    log = read_log(write(tmp_path / "log", header, steps))
     replay_directory(tmp_path / "base", log, tmp_path / "out")
-    after = tensors_of(tmp_path / "out")
-    for name, tensor in in_memory(model, log).items():
-        assert_same(after[name.removeprefix("transformer.")][0], tensor)
+    after, expected = tensors_of(tmp_path / "out"), {n: t.clone() for n, t in tensors.items()}
+    replay_(expected, log)
+    for name, tensor in expected.items():
+        assert_same(after[name][0], tensor)
+    assert not expected["w"].signbit().all() and expected["x"].signbit().all()
 
 
 def test_the_first_steps_only(tmp_path):
@@ -264,31 +176,6 @@ def test_refusals_write_nothing(tmp_path, monkeypatch):
         replay_directory(base, log, out, stop=1)
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == kept
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t["a"].update(data_offsets=[4, 12]), "'a': expected bytes from"),
-        (lambda t: t["a"].update(shape=[3]), "'a': expected bytes from"),
-        (lambda t: t["a"].pop("dtype"), "expected the header of a safetensors file"),
-        (lambda t: t.pop("a"), "expected bytes from|bytes by its header"),
-    ],
-)
-def test_damaged_safetensors_are_named(tmp_path, change, message):
-    path = tmp_path / "model.safetensors"
-    save_file({"a": torch.zeros(2), "b": torch.zeros(3)}, path)
-    data = path.read_bytes()
-    size = struct.unpack("<Q", data[:8])[0]
-    table = json.loads(data[8 : 8 + size])
-    change(table)
-    text = json.dumps(table).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
-    with pytest.raises(ValueError, match=message):
-        WeightFolder(tmp_path)
-    path.write_bytes(b"\xff" * 8)
-    with pytest.raises(ValueError, match="got no whole header"):
-        WeightFolder(tmp_path)
 
 
 def test_verify(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from zo_kernels.noise import assign_streams
 from zo_kernels.replay import GroupStep, Header, LogWriter, Parameter, Step, fingerprint
 
 SEED = 2**63 + 5
+TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b.weight": torch.zeros(4).bfloat16()}
+MARK = "0123456789abcdef" * 2
 
 
 def header_of(
@@ -119,3 +122,23 @@ def weights_after(
         elif header.arithmetic != "stochastic":
             weights[name] = values[name].to(dtype)
     return weights
+
+
+def small_log(tmp_path, count=4, **options):
+    """A log with a mark in the middle and one at the end, and its steps."""
+    header = header_of([TENSORS], queries=options.get("queries", 1))
+    steps = steps_of(count, **options)
+    path = write(tmp_path / "run.zolog", header, steps, {count // 2: MARK, count: MARK})
+    return path, header, steps
+
+
+def places(path):
+    """Where each record begins, and the end of the file: found by the lengths alone."""
+    data = path.read_bytes()
+    offset = 16 + struct.unpack_from("<I", data, 12)[0] + 4
+    found = [offset]
+    while offset < len(data):
+        offset += 5 + struct.unpack_from("<I", data, offset + 1)[0] + 4
+        found.append(offset)
+    assert found[-1] == len(data)
+    return found

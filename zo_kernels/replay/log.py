@@ -15,10 +15,8 @@ Step numbers count from 0 without a gap; a mark's count is that of the steps bef
 
 A writer brings each record to the disk before it begins the next, so a crash leaves at most one
 record incomplete, the last: cut short, or with zeros where blocks were never written. What a reader
-finds wrong is therefore such a torn tail, left out and reported, only if
-
-    it begins with the kind and length of a record, or a part of them and then zeros, and is no
-    longer than that record; or it begins with a zero byte and is no longer than a step record.
+finds wrong is therefore such a torn tail, left out and reported, only if it begins with the kind of
+a record and is no longer than that record, or begins with a zero byte and is no longer than a step.
 
 Everything else that is wrong is damage, and an error: a wrong checksum with more behind it than one
 record, an unknown kind, a gap in the numbers. A flipped bit in the very last record cannot be told
@@ -221,17 +219,12 @@ def _damage(tail: bytes, frames: dict[bytes, tuple[int, int]]) -> str | None:
         if len(tail) <= limit:
             return None
         return f"expected a record, got {len(tail)} bytes that begin with zero: the file is damaged"
-    for head, (kind, length) in frames.items():
-        if tail[0] != kind:
-            continue
-        found = tail[: len(head)]
-        written = next((i for i, (a, b) in enumerate(zip(found, head, strict=False)) if a != b), 5)
-        if any(found[written:]):
-            return f"expected the head {head.hex()}, got {found.hex()}: the file is damaged"
-        if len(tail) > length:
+    for kind, length in frames.values():
+        if tail[0] == kind and len(tail) > length:
             return (
                 f"expected a record of {length} bytes with its checksum, got a wrong one with "
                 f"{len(tail) - length} bytes behind it: the file is damaged"
             )
-        return None
+        if tail[0] == kind:
+            return None
     return f"expected a step or a mark, got kind 0x{tail[0]:02x}: the file is damaged"
