@@ -140,9 +140,10 @@ def test_diff(files, tmp_path, capsys):
 
 def test_diff_of_parameters(tmp_path):
     model = tiny_model("llama", torch.bfloat16)
-    a = log_of(tmp_path / "a", model, user=1)
-    b = log_of(tmp_path / "b", model, user=2)
-    assert diff(a, b).header == {"user": (1, 2)} and diff(a, b).same_run
+    a = log_of(tmp_path / "a", model, user=1, created="then")
+    b = log_of(tmp_path / "b", model, user=2, created="now")
+    assert diff(a, b).header == {"user": (1, 2), "created": ("then", "now")}
+    assert diff(a, b).same_run
     c = log_of(tmp_path / "c", model.half(), chosen=lambda name: "norm" not in name)
     found = diff(a, c)
     assert found.header["'model.norm.weight'"] == (True, False)

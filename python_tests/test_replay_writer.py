@@ -70,7 +70,7 @@ def test_resume_refuses_another_run(tmp_path, change, message):
 
 
 def test_the_writer_refuses_what_does_not_fit(tmp_path):
-    header = header_of([TENSORS], queries=2)
+    header = header_of([TENSORS], {"b.weight": 9.0}, queries=2)
     with LogWriter(tmp_path / "log", header) as writer:
         good = steps_of(1, queries=2)[0]
         group = good.groups[0]
@@ -85,6 +85,10 @@ def test_the_writer_refuses_what_does_not_fit(tmp_path):
             (
                 replace(good, groups=[GroupStep(1.0, 1.0, 1.0, [1.0, float("nan")])]),
                 r"groups\[0\]: expected finite numbers",
+            ),
+            (
+                replace(good, groups=[replace(group, coefficients=[1.0, -1e38])]),
+                r"groups\[0\]: expected decay and unit .* in the range of float32, .*up to 9.0",
             ),
         ):
             with pytest.raises(ValueError, match=message):

@@ -12,6 +12,7 @@ from types import TracebackType
 
 import numpy as np
 
+from zo_kernels.checks import FLOAT32_MAX
 from zo_kernels.files import sync, write_file
 from zo_kernels.replay.header import Header, check_fingerprint
 from zo_kernels.replay.log import (
@@ -118,6 +119,7 @@ class LogWriter:
         self.path, self.header, self.steps, self.torn = path, header, steps, torn
         self._seed, self._end, self._dirty = seed, end, torn > 0
         self._layout = step_dtype(header.queries, len(header.groups))
+        self._units = [max(float(p.unit) for p in group) for group in header.groups]
         self._file = path.open("ab", buffering=0)
 
     def write_step(self, step: Step) -> None:
@@ -144,6 +146,13 @@ class LogWriter:
             numbers = [group.lr, group.eps, group.decay, *group.coefficients]
             if not all(map(math.isfinite, numbers)):
                 raise ValueError(f"groups[{number}]: expected finite numbers, got {group}")
+            # What no operation would take must not be in a log.
+            scales = [self._units[number] * c for c in group.coefficients]
+            if max(map(abs, (group.decay, *scales))) > FLOAT32_MAX and not step.skipped:
+                raise ValueError(
+                    f"groups[{number}]: expected decay and unit * coefficients in the range of "
+                    f"float32, got {group} with units up to {self._units[number]}"
+                )
             row["lr"][number], row["eps"][number] = group.lr, group.eps
             row["decay"][number], row["coefficients"][number] = group.decay, group.coefficients
         self._append(STEP, row.tobytes())
