@@ -11,6 +11,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 from zo_kernels import cli
 from zo_kernels.pipeline import demo as demo_module
 from zo_kernels.refine import checkpoint
+from zo_kernels.refine import records as records_module
 from zo_kernels.refine.records import read_records
 
 ROWS = [
@@ -66,6 +67,42 @@ def test_align_then_refine(files, tmp_path, capsys, monkeypatch):
     aligned, _ = checkpoint.load(out, dtype="bfloat16")
     assert checkpoint.fingerprint(refined) != checkpoint.fingerprint(aligned)
     assert refined.dtype == torch.bfloat16
+
+
+def test_a_killed_refinement_is_resumed_and_replayed(files, tmp_path, capsys, monkeypatch):
+    """The same weights as of a run that nobody stopped, and as the log alone gives."""
+    options = [*model_options(files), "--batch-size", 2, "--schedule", "cosine"]
+    assert run("refine", *options, "--out", tmp_path / "whole", "--steps", 6) == 0
+    assert "replay log" in capsys.readouterr().out
+
+    out = tmp_path / "parts"
+    original = records_module.MetricsLog.write
+
+    def stop(log, record):
+        original(log, record)
+        if record["step"] == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(records_module.MetricsLog, "write", stop)
+    assert run("refine", *options, "--out", out, "--steps", 6) == 130
+    monkeypatch.undo()
+    assert not out.exists()
+    assert run("refine", *options, "--out", out, "--steps", 6) == 1
+    assert "is of an unfinished run; go on with it by --resume" in capsys.readouterr().err
+    assert run("refine", *options, "--out", out, "--steps", 6, "--resume", "--lr", 5) == 1
+    assert "lr: expected 0.001 as in" in capsys.readouterr().err
+    assert run("refine", *options, "--out", out, "--steps", 6, "--resume") == 0
+    capsys.readouterr()
+    assert [r["step"] for r in read_records(tmp_path / "parts.jsonl")] == list(range(6))
+    log = tmp_path / "parts.zolog"
+    assert run("replay", "--base", files / "base", "--log", log, "--out", tmp_path / "again") == 0
+    prints = {
+        name: checkpoint.fingerprint(checkpoint.load(tmp_path / name, dtype="float32")[0])
+        for name in ("whole", "parts", "again")
+    }
+    assert len(set(prints.values())) == 1
+    assert run("refine", *options, "--out", out, "--steps", 6, "--resume") == 1
+    assert "resume: expected an unfinished run's log" in capsys.readouterr().err
 
 
 def test_evaluate(files, tmp_path, capsys):

@@ -45,6 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "refine", _refine, "zeroth-order refinement")
     _add_training(command)
+    command.add_argument(
+        "--resume", action="store_true", help="go on with the unfinished run of the same --out"
+    )
     _add_options(
         command, "zo_kernels.refine.refiner", "RefineConfig", skip=("first_batch", "max_length")
     )
@@ -188,12 +191,15 @@ def _examples(options: argparse.Namespace, split: str) -> list[Any]:
     return examples if split == "all" else chat.select(examples, split=split)
 
 
-def _train(options: argparse.Namespace, run: Any) -> None:
-    """What align and refine share: check, load, run with a log and a bar, save, say."""
+def _train(options: argparse.Namespace, run: Any, earlier: Sequence[dict[str, Any]] = ()) -> None:
+    """What align and refine share: check, load, run with a log and a bar, save, say.
+
+    ``earlier`` are the records of the steps that a resumed run took before.
+    """
     from zo_kernels import chat
     from zo_kernels.files import check_replaceable
     from zo_kernels.refine import checkpoint
-    from zo_kernels.refine.records import MetricsLog, progress_bar
+    from zo_kernels.refine.records import MetricsLog, progress_bar, write_records
 
     check_replaceable(options.out)
     examples = _examples(options, "train")
@@ -201,8 +207,9 @@ def _train(options: argparse.Namespace, run: Any) -> None:
     encoded = chat.encode(tokenizer, examples, max_length=options.max_length)
     log_path = options.out.parent / f"{options.out.name}.jsonl"
     partial = log_path.with_suffix(".partial.jsonl")  # an earlier run's log stays until the end
-    with MetricsLog(partial, fresh=True) as log, progress_bar(options.command) as progress:
-        records = run(model, tokenizer, encoded, log.write, progress)
+    write_records(partial, earlier)
+    with MetricsLog(partial) as log, progress_bar(options.command) as progress:
+        records = [*earlier, *run(model, tokenizer, encoded, log.write, progress)]
     checkpoint.save(model, tokenizer, options.out)
     partial.replace(log_path)
     from zo_kernels.robustness.plots import loss_per_step
@@ -235,12 +242,52 @@ def _refine(options: argparse.Namespace) -> None:
 
     config = _read(options, "zo_kernels.refine.refiner", "RefineConfig")
     config.check()
+    final = options.out.parent / f"{options.out.name}.zolog"
+    unfinished = final.with_suffix(".partial.zolog")
+    if options.resume and not unfinished.exists():
+        raise ValueError(f"resume: expected an unfinished run's log {unfinished}, found none")
+    if unfinished.exists() and not options.resume:
+        raise FileExistsError(
+            f"out: {unfinished} is of an unfinished run; go on with it by --resume, or delete it"
+        )
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    log = unfinished if config.mode != "mezo" else None  # whose drift no log can hold
     _train(
         options,
         lambda model, tokenizer, encoded, on_step, progress: ZORefiner(
             model, tokenizer, config
-        ).run(encoded, on_step=on_step, progress=progress),
+        ).run(encoded, log=log, resume=options.resume, on_step=on_step, progress=progress),
+        _earlier(options, unfinished) if options.resume else (),
     )
+    if log is not None:
+        unfinished.replace(final)
+        print(f"replay log {final}: {final.stat().st_size} bytes")
+
+
+def _earlier(options: argparse.Namespace, unfinished: Path) -> list[dict[str, Any]]:
+    """The records of the steps in an unfinished run's log, of which a kill may have cost the last.
+
+    The log is ahead of the records: it is written before the weights change.
+    """
+    from zo_kernels.refine.records import read_records
+    from zo_kernels.replay import read_log
+
+    path = options.out.parent / f"{options.out.name}.partial.jsonl"
+    known = {r["step"]: r for r in read_records(path)} if path.exists() else {}
+    records = []
+    for row in read_log(unfinished).steps:
+        number, plus, minus = int(row["step"]), list(row["losses_plus"]), list(row["losses_minus"])
+        seconds = records[-1]["seconds"] if records else 0.0
+        logged = {
+            "step": number,
+            "losses_plus": [float(loss) for loss in plus],
+            "losses_minus": [float(loss) for loss in minus],
+            "lr": [float(lr) for lr in row["lr"]],
+            "loss": float(sum(plus + minus) / len(plus + minus)),
+            "seconds": seconds,
+        }
+        records.append(known.get(number, logged))
+    return records
 
 
 def _evaluate(options: argparse.Namespace) -> None:

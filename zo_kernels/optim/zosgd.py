@@ -215,6 +215,15 @@ class ZOSGD(torch.optim.Optimizer):
         base = fingerprint((slot.name, slot.tensor) for slot in slots)
         self.log = LogWriter(path, self._header(groups, base=base, user=user))
 
+    def end_log(self) -> None:
+        """Write the weights' fingerprint behind the last step and close the log."""
+        if self.log is None:
+            raise ValueError("end_log: expected a log that was begun, got none")
+        slots = [slot for group in self._groups() for slot in group.slots]
+        self.log.write_mark(fingerprint((slot.name, slot.tensor) for slot in slots))
+        self.log.close()
+        self.log = None
+
     def resume_log(
         self,
         path: str | os.PathLike[str],

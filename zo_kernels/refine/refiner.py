@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +19,7 @@ from zo_kernels.modes import MODES
 from zo_kernels.optim import ZOSGD, named_parameters
 from zo_kernels.refine.checkpoint import pad_id
 from zo_kernels.refine.records import Progress
+from zo_kernels.replay import read_log
 from zo_kernels.robustness.perturbations import linear_weights
 
 SCHEDULES = ("constant", "cosine")
@@ -35,7 +40,8 @@ class RefineConfig:
         queries: directions per step.
         weight_decay, clip_projected_gradient, update_norm: as in ``ZOSGD``.
         schedule: "constant" or "cosine" (over ``steps``).
-        mode: "streamed" or "mezo".
+        mode: who owns the weights during an evaluation: "streamed", "dual", "inplace",
+            "snapshot", "master", "master8" or "mezo"; see ``zo_kernels.modes``.
         distribution: of the directions, "normal" or "rademacher".
         parameters: "linear" (weights of the decoder blocks' linears), "all", or shell patterns of
             parameter names separated by commas.
@@ -111,6 +117,8 @@ class ZORefiner:
         self,
         data: Sequence[Example] | Sequence[Encoded],
         *,
+        log: str | os.PathLike[str] | None = None,
+        resume: bool = False,
         on_step: Callable[[dict[str, Any]], None] | None = None,
         progress: Progress | None = None,
     ) -> list[dict[str, Any]]:
@@ -118,28 +126,35 @@ class ZORefiner:
 
         Args:
             data: examples, encoded or not.
+            log: file for the replay log, from which ``zo-kernels replay`` rebuilds the weights.
+            resume: go on where the log ends; the model is the one that the log began with, and
+                the result is bit for bit that of an uninterrupted run.
             on_step: called with each step's record.
             progress: called as progress(text, done, total).
 
         Returns:
-            One record per step: step, loss (mean of the losses evaluated), losses_plus,
-            losses_minus, projected_gradients, lr, update_ratio, skipped, seconds since the start.
+            One record per step taken: the fields of ``StepRecord``, loss (mean of the losses
+            evaluated) and seconds since the start.
+
+        Raises:
+            ValueError: the log is of another run: other weights, options or data; names what.
         """
         config = self.config
         encoded = [e for e in data if isinstance(e, Encoded)]
         if len(encoded) != len(data):
             encoded = encode(self.tokenizer, list(data), max_length=config.max_length)
+        done = self._open_log(Path(log), encoded, resume, progress) if log is not None else 0
         batches = batch_stream(
             encoded,
             batch_size=config.batch_size,
             seed=config.seed,
             pad_id=pad_id(self.tokenizer),
             device=next(self.model.parameters()).device,
-            start=config.first_batch,
+            start=config.first_batch + done,
         )
         records = []
         started = time.perf_counter()
-        for number in range(config.steps):
+        for number in range(done, config.steps):
             batch = next(batches)
             self.optimizer.step(lambda batch=batch: completion_loss(self.model, batch))
             self.scheduler.step()
@@ -159,7 +174,37 @@ class ZORefiner:
                     progress(text, number + 1, config.steps)
             if over:
                 break
+        if self.optimizer.log is not None:
+            self.optimizer.end_log()
         return records
+
+    def _open_log(
+        self, path: Path, encoded: Sequence[Encoded], resume: bool, progress: Progress | None
+    ) -> int:
+        """Begin or continue the replay log; the number of steps that it has."""
+        digest = hashlib.sha256(repr([asdict(item) for item in encoded]).encode()).hexdigest()
+        free = ("steps", "seconds") if self.config.schedule == "constant" else ("seconds",)
+        options = {k: v for k, v in asdict(self.config).items() if k not in free}
+        user = {"options": options, "data": digest}
+        if not resume:
+            self.optimizer.start_log(path, user=user)
+            return 0
+        logged = read_log(path).header.user
+        if not isinstance(logged, dict) or "options" not in logged:
+            raise ValueError(f"{path}: expected the log of a refinement, got another one")
+        for name, value in options.items():
+            if logged["options"].get(name) != value:
+                raise ValueError(
+                    f"{name}: expected {logged['options'].get(name)!r} as in {path}, got {value!r}"
+                )
+        if logged["data"] != digest:
+            raise ValueError(f"data: expected the examples with which {path} began, got others")
+        done = self.optimizer.resume_log(path, progress=progress)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.scheduler.last_epoch = done - 1
+            self.scheduler.step()
+        return done
 
 
 def select_parameters(model: Any, parameters: str) -> list[tuple[str, Any]]:
