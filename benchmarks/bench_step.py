@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import mezo
@@ -20,6 +21,7 @@ from zo_kernels.pipeline.timing import interleave, median_ratio, medians
 from zo_kernels.refine.checkpoint import load
 
 LR, EPS = 1e-9, 1e-3
+MODES = ("streamed", "dual", "inplace", "snapshot", "mezo")
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +47,11 @@ def test_step(benchmark, report, rounds, directory, dtype, shape):
             logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
         )
 
-    ours = zk.ZOSGD(model.named_parameters(), lr=LR, eps=EPS)
-    in_place = zk.ZOSGD(model.named_parameters(), lr=LR, eps=EPS, mode="mezo")
     parameters = list(model.parameters())
+    steps = {mode: zk.ZOSGD(model.named_parameters(), lr=LR, eps=EPS, mode=mode) for mode in MODES}
     cases = {
         "two bare forwards": lambda: (loss(), loss()),
-        "ZOSGD streamed": lambda: ours.step(loss),
-        "ZOSGD mezo (fused passes)": lambda: in_place.step(loss),
+        **{f"ZOSGD {mode}": partial(its.step, loss) for mode, its in steps.items()},
         "MeZO's loop": lambda: mezo.step(parameters, loss, EPS, LR, 1),
     }
     times = interleave(cases, rounds(5 if shape == (4, 128) else 3))
@@ -63,7 +63,7 @@ def test_step(benchmark, report, rounds, directory, dtype, shape):
     report(
         f"step, SmolLM2-135M, {dtype}, {shape[0]} x {shape[1]}, 2 threads", medians(times), ratios
     )
-    benchmark.pedantic(lambda: ours.step(loss), rounds=1)
+    benchmark.pedantic(lambda: steps["streamed"].step(loss), rounds=1)
     torch.set_num_threads(before)
 
 

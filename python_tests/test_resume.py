@@ -14,7 +14,7 @@ import torch
 from tiny_models import bits, closure_of, same_bits, tiny_model
 
 import zo_kernels as zk
-from zo_kernels.optim import zosgd
+from zo_kernels.optim import logged, zosgd
 from zo_kernels.replay import read_log, replay_
 from zo_kernels.replay.header import ARITHMETICS
 
@@ -52,7 +52,8 @@ def advance(optimizer, closure, until):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_resumed_run_is_an_uninterrupted_one(mode, dtype, options, tmp_path, monkeypatch):
     """Also where ||theta|| decides about the learning rate and is measured now and then."""
-    monkeypatch.setattr(zosgd, "_NORM_REFRESH", 4)
+    monkeypatch.setattr(logged, "NORM_PERIOD", 4)
+    monkeypatch.setattr(zosgd, "NORM_PERIOD", 4)
     model, optimizer, closure = make(mode, dtype, **options)
     optimizer.start_log(tmp_path / "whole.zolog")
     advance(optimizer, closure, 9)

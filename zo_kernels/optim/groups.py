@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zo_kernels.checks import check_tensor
+from zo_kernels.modes import Slot
 
 # option -> (smallest value, whether it may be None)
 _OPTIONS = {
@@ -20,6 +22,21 @@ _OPTIONS = {
     "clip_projected_gradient": (0.0, True),
     "update_norm": (0.0, True),
 }
+
+
+@dataclass(slots=True)
+class Group:
+    """A parameter group as one step sees it.
+
+    Attributes:
+        options: the group of torch's ``param_groups``.
+        slots: its trainable parameters.
+        units: their coordinate scales.
+    """
+
+    options: dict[str, Any]
+    slots: list[Slot]
+    units: list[float]
 
 
 def check_group(group: dict[str, Any]) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,35 +13,15 @@ from torch import Tensor
 from zo_kernels import noise, ops
 from zo_kernels.modes import MODES, Closure, GroupUpdate, Slot, uninterrupted
 from zo_kernels.moments import standard_deviation
-from zo_kernels.optim.groups import check_group, check_storage
+from zo_kernels.optim.groups import Group, check_group, check_storage
+from zo_kernels.optim.logged import NORM_PERIOD, Logged
 from zo_kernels.optim.record import Running, StepRecord
-from zo_kernels.replay import (
-    GroupStep,
-    Header,
-    LogWriter,
-    Parameter,
-    Step,
-    check_base,
-    fingerprint,
-    group_update,
-    read_log,
-    replay_,
-)
+from zo_kernels.replay import GroupStep, LogWriter, Step, group_update
 
 _SAMPLE = 4096  # elements of each tensor over which a mode's restore error is measured
-_NORM_REFRESH = 100  # steps between two measurements of ||theta||
 
 
-@dataclass(slots=True)
-class _Group:
-    """A parameter group as one step sees it: its trainable slots, and their coordinate scales."""
-
-    options: dict[str, Any]
-    slots: list[Slot]
-    units: list[float]
-
-
-class ZOSGD(torch.optim.Optimizer):
+class ZOSGD(Logged, torch.optim.Optimizer):
     r"""SGD along gradients estimated from losses at theta + eps z and theta - eps z.
 
     Per query, with z ~ N(0, I) or Rademacher, addressed by (seed, direction, parameter, element):
@@ -197,82 +175,6 @@ class ZOSGD(torch.optim.Optimizer):
             warnings.warn(f"ZOSGD: step {record.step} skipped: {record.skipped}", stacklevel=2)
         return record.loss
 
-    def start_log(self, path: str | os.PathLike[str], *, user: Any = None) -> None:
-        """Log every further step to a new file, from which replay rebuilds the weights.
-
-        Args:
-            path: of the file; see ``zo_kernels.replay``.
-            user: anything that JSON can hold, kept in the header.
-
-        Raises:
-            FileExistsError, OSError: the file exists, or cannot be made.
-            ValueError: steps were taken already, or mode "mezo", which cannot be replayed.
-        """
-        if self.steps:
-            raise ValueError(f"start_log: expected no step before it, got {self.steps}")
-        groups = self._groups()
-        slots = [slot for group in groups for slot in group.slots]
-        base = fingerprint((slot.name, slot.tensor) for slot in slots)
-        self.log = LogWriter(path, self._header(groups, base=base, user=user))
-
-    def end_log(self) -> None:
-        """Write the weights' fingerprint behind the last step and close the log."""
-        if self.log is None:
-            raise ValueError("end_log: expected a log that was begun, got none")
-        slots = [slot for group in self._groups() for slot in group.slots]
-        self.log.write_mark(fingerprint((slot.name, slot.tensor) for slot in slots))
-        self.log.close()
-        self.log = None
-
-    def resume_log(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        progress: Callable[[str, float, float], None] | None = None,
-    ) -> int:
-        """Take the weights, which are those before the first step, to where a log ends, and go on.
-
-        The next steps have the bits of a run that was never interrupted, if the closures and the
-        learning rates are the same: take schedulers and data to ``steps`` too.
-
-        Args:
-            path: of a log that a run with the same parameters and options left.
-            progress: called as progress(text, done, total).
-
-        Returns:
-            The number of steps in the log.
-
-        Raises:
-            ValueError: steps were taken already, or the log is damaged, of another run or of other
-                weights; names what differs. The weights are as before then.
-        """
-        if self.steps:
-            raise ValueError(f"resume_log: expected no step before it, got {self.steps}")
-        log = read_log(path)
-        units = {parameter.name: parameter.unit for parameter in log.header.parameters()}
-        for options in self.param_groups:
-            for name, tensor in zip(options["param_names"], options["params"], strict=True):
-                if options["relative_eps"] and name in units:
-                    self.state[tensor]["std"] = units[name]
-        groups = self._groups()
-        slots = [slot for group in groups for slot in group.slots]
-        tensors = {slot.name: slot.tensor for slot in slots}
-        self._header(groups).check_continues(log.header)
-        check_base(tensors, log.header)
-        # ||theta|| decides about learning rates with update_norm: measure it where the run did.
-        measured = len(log.steps) // _NORM_REFRESH * _NORM_REFRESH
-        options = {"backend": self.mode.backend, "progress": progress}
-        state = replay_(tensors, log, stop=measured, **options)
-        self.steps = measured
-        for group in groups:
-            self._measure_norm(group)
-        state = replay_(tensors, log, start=measured, state=state, **options)
-        names = {noise.canonical_name(slot.name): slot.name for slot in slots}
-        self.mode.load_state({names[n]: copy for n, copy in state.copies.items()}, slots)
-        self.log = LogWriter.resume(path, log.header)
-        self.steps = len(log.steps)
-        return self.steps
-
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict plus "zo": what the noise of the run depends on."""
         state = super().state_dict()
@@ -316,26 +218,7 @@ class ZOSGD(torch.optim.Optimizer):
         self.seed = self.mode.seed = zo["seed"]
         self.queries, self.steps = zo["queries"], zo["steps"]
 
-    def _header(
-        self, groups: Sequence[_Group], *, base: str | None = None, user: Any = None
-    ) -> Header:
-        return Header(
-            seed=self.seed,
-            queries=self.queries,
-            mode=self.mode.name,
-            distribution=self.mode.distribution,
-            groups=tuple(
-                tuple(
-                    Parameter.of(slot.name, slot.tensor, slot.stream, unit)
-                    for slot, unit in zip(group.slots, group.units, strict=True)
-                )
-                for group in groups
-            ),
-            base=base,
-            user=user,
-        )
-
-    def _groups(self) -> list[_Group]:
+    def _groups(self) -> list[Group]:
         """The groups that have trainable parameters, as they are now."""
         groups = []
         for options in self.param_groups:
@@ -345,7 +228,7 @@ class ZOSGD(torch.optim.Optimizer):
                 if tensor.requires_grad
             ]
             if slots:
-                groups.append(_Group(options, slots, self._units(options, slots)))
+                groups.append(Group(options, slots, self._units(options, slots)))
         if not groups:
             raise ValueError("ZOSGD: expected a parameter with requires_grad=True, got none")
         return groups
@@ -364,7 +247,7 @@ class ZOSGD(torch.optim.Optimizer):
             units.append(state["std"])
         return units
 
-    def _evaluate(self, groups: Sequence[_Group], closure: Closure, record: StepRecord) -> None:
+    def _evaluate(self, groups: Sequence[Group], closure: Closure, record: StepRecord) -> None:
         """All evaluations of a step, into the record."""
         slots = [slot for group in groups for slot in group.slots]
         scales = [float(group.options["eps"]) * unit for group in groups for unit in group.units]
@@ -385,7 +268,7 @@ class ZOSGD(torch.optim.Optimizer):
                 centred=False,
             )
 
-    def _finish(self, groups: Sequence[_Group], record: StepRecord) -> None:
+    def _finish(self, groups: Sequence[Group], record: StepRecord) -> None:
         """Log the step and apply its update."""
         steps = [self._group_step(number, group, record) for number, group in enumerate(groups)]
         if self.log is not None:
@@ -398,7 +281,7 @@ class ZOSGD(torch.optim.Optimizer):
             self._update(groups, steps, record)
         self.steps += 1
 
-    def _group_step(self, number: int, group: _Group, record: StepRecord) -> GroupStep:
+    def _group_step(self, number: int, group: Group, record: StepRecord) -> GroupStep:
         """The learning rate and the coefficients of one group's update."""
         options, lr = group.options, float(group.options["lr"])
         eps, clip = float(options["eps"]), options["clip_projected_gradient"]
@@ -427,7 +310,7 @@ class ZOSGD(torch.optim.Optimizer):
         return GroupStep(lr, eps, decay, [-lr * g / self.queries for g in gradients])
 
     def _update(
-        self, groups: Sequence[_Group], steps: Sequence[GroupStep], record: StepRecord
+        self, groups: Sequence[Group], steps: Sequence[GroupStep], record: StepRecord
     ) -> None:
         updates = []
         for group, step in zip(groups, steps, strict=True):
@@ -453,9 +336,9 @@ class ZOSGD(torch.optim.Optimizer):
             self._gradients.add(gradient)
         record.gradient_mean, record.gradient_std = self._gradients.mean, self._gradients.std
 
-    def _measure_norm(self, group: _Group) -> None:
+    def _measure_norm(self, group: Group) -> None:
         """||theta|| of the group into its options, every so many steps, where it is asked for."""
-        options, period = group.options, self.steps // _NORM_REFRESH
+        options, period = group.options, self.steps // NORM_PERIOD
         wanted = self.diagnostics or options["update_norm"] is not None
         if wanted and options.get("norm_period") != period:
             options["norm_period"] = period
@@ -464,18 +347,6 @@ class ZOSGD(torch.optim.Optimizer):
                     standard_deviation(slot.tensor, centred=False) ** 2 * slot.tensor.numel()
                     for slot in group.slots
                 )
-            )
-
-    def _expect_logged(self, groups: Sequence[_Group]) -> None:
-        """ValueError unless the trainable parameters are those that the log began with."""
-        logged = [[parameter.name for parameter in group] for group in self.log.header.groups]
-        found = [[slot.name for slot in group.slots] for group in groups]
-        if found != logged:
-            names = {name for group in found for name in group}
-            others = sorted(names ^ {name for group in logged for name in group})
-            raise ValueError(
-                "ZOSGD.step: expected those parameters to be trainable with which the log began, "
-                f"got {len(others)} that changed, such as '{others[0]}'"
             )
 
 
