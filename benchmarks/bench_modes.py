@@ -19,15 +19,6 @@ OPTIONS = {"seed": 1, "streams": [2]}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    """A number of threads, in force."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_inplace(benchmark, report, rounds, threads, dtype):
     """+eps, -2 eps, update: exactly in place against three plain passes; seconds of all three."""

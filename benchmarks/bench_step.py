@@ -19,6 +19,8 @@ import zo_kernels as zk
 from zo_kernels.pipeline.smollm2 import prepare
 from zo_kernels.pipeline.timing import interleave, median_ratio, medians
 from zo_kernels.refine.checkpoint import load
+from zo_kernels.replay import fingerprint
+from zo_kernels.replay.header import ARITHMETICS
 
 LR, EPS = 1e-9, 1e-3
 MODES = ("streamed", "dual", "inplace", "snapshot", "mezo")
@@ -65,6 +67,26 @@ def test_step(benchmark, report, rounds, directory, dtype, shape):
     )
     benchmark.pedantic(lambda: steps["streamed"].step(loss), rounds=1)
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("mode", sorted(ARITHMETICS))
+def test_restore(benchmark, report, directory, mode):
+    """Fifty steps of lr = 0 in bfloat16 leave every bit of the model."""
+    model, _ = load(directory, dtype="bfloat16")
+    ids = torch.arange(8)[None] + 100
+    before = fingerprint(model.named_parameters())
+    optimizer = zk.ZOSGD(model.named_parameters(), lr=0.0, eps=EPS, mode=mode, diagnostics=False)
+    losses = set()
+
+    def step() -> None:
+        optimizer.step(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
+        losses.update(optimizer.last_step.losses_plus)
+
+    benchmark.pedantic(step, rounds=50)
+    assert len(losses) == 50, "nothing was perturbed"
+    same = fingerprint(model.named_parameters()) == before
+    report(f"50 steps of lr = 0, SmolLM2-135M, bf16, {mode}", {}, {"every bit as before": same})
+    assert same
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
