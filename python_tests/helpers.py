@@ -15,7 +15,15 @@ from zo_kernels.ops import backend_reasons
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 QUANTISING = ("reference", "triton")  # the backends that have fake_quant
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+#: Elements and offsets of tensors for Triton's interpreter, which takes a second for what others do
+#: in a millisecond: whole steps, ragged ends, and the places where a counter word changes.
+FEW = [(7, 3), (1100, 0), (520, 2**34 - 259), (300, 2**35 + 1)]
 _MASK = 0xFFFFFFFF
+
+
+def interpreted(backend: str, device: str) -> bool:
+    """Whether a backend's kernels run in Triton's interpreter."""
+    return backend == "triton" and device == "cpu"
 
 
 def runnable(backend: str) -> str:

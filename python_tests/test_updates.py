@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES, NAMES, assert_borders_intact, assert_same_bits, bordered, weights
+from helpers import (
+    DTYPES,
+    FEW,
+    NAMES,
+    assert_borders_intact,
+    assert_same_bits,
+    bordered,
+    interpreted,
+    weights,
+)
 
 import zo_kernels as zk
 from zo_kernels.backends import reference_updates
@@ -14,15 +23,6 @@ from zo_kernels.ops import Update, advance_, pair_
 SEED = 2**63 + 12345
 # Ragged, misaligned, and over the places where a counter word changes.
 PLACES = [(1, 0), (7, 3), (1500, 0), (4099, 4093), (9000, 2**34 - 4097), (300, 2**35 + 1)]
-
-
-# For Triton's interpreter, which takes a second for what others do in a millisecond.
-FEW = [(7, 3), (1100, 0), (520, 2**34 - 259), (300, 2**35 + 1)]
-
-
-def interpreted(backend, device):
-    """Whether the kernels run in Triton's interpreter."""
-    return backend == "triton" and device == "cpu"
 
 
 def lists(dtype, device, backend):

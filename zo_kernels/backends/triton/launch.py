@@ -197,15 +197,19 @@ def combine(
     )
 
 
+def columns_of_tiles(table: Tensor, tiles: int) -> Tensor:
+    """The column of each program's tile: int64 (tiles,), on the table's device."""
+    programs = torch.arange(tiles, device=table.device)
+    return torch.searchsorted(table[FIRST_TILE].contiguous(), programs, right=True) - 1
+
+
 def sum_changes(partials: Tensor, table: Tensor, changes: Tensor) -> None:
     """Add the kernel's partial sums (3, programs, LANES) to the tensors' rows of ``changes``.
 
     All on the device: nothing waits for the host, and a CUDA graph can hold it.
     """
     sums = partials.double().sum(-1).t()
-    programs = torch.arange(len(sums), device=table.device)
-    columns = torch.searchsorted(table[FIRST_TILE], programs, right=True) - 1
-    changes.index_add_(0, table[ROW][columns], sums)
+    changes.index_add_(0, table[ROW][columns_of_tiles(table, len(sums))], sums)
 
 
 _SIGNATURE = {

@@ -1,0 +1,288 @@
+"""Held weights on a GPU: perturbed in place, with what it takes to have them back.
+
+Let v = round(w + c z) be in memory and p = round(v - c z). An element is flagged where numbers
+around v may be further apart than around w: its exponent is larger in v than in the number below
+|p|. Flags need v and z alone, so no places are kept, only a byte for each flagged element: the
+difference of the patterns of w and p, in units of the dtype's last place. What flags and bytes do
+not give back is kept whole, with its place. The encoder sees w, so nothing that is said here of
+flags decides what comes back, only how much is kept.
+
+A tile of perturb.py has a region of bytes: differences from its beginning, in the order of units
+and of lanes, and 8-byte records of whole elements from its end. Units (of the hot loop, or parts
+at ragged ends) are done in order; one that does not fit is not done, and the tile ends there.
+"""
+
+import triton
+import triton.language as tl
+
+from zo_kernels.backends.triton.directions import add_anywhere, add_unit, draw, draw_anywhere
+from zo_kernels.backends.triton.memory import load_masked, load_wide, store_masked, store_wide
+from zo_kernels.backends.triton.regions import (
+    RECORD,
+    WHOLE_TILE,
+    decode,
+    encode,
+    record,
+    with_records,
+    write,
+)
+from zo_kernels.backends.triton.tiles import (
+    add_changes,
+    counters,
+    rounded,
+    store_changes,
+    tile_of,
+)
+
+# Rows of the int32 states, one column per tile: elements done, bytes and records so far.
+AT, BYTES, RECORDS = range(3)
+_RECORD = tl.constexpr(RECORD)
+_WHOLE_TILE = tl.constexpr(WHOLE_TILE)
+
+
+@triton.jit
+def _add(
+    accs, c, lo, call, hi, call_hi, i, r, k0, k1, stream, direction,
+    HOT: tl.constexpr, RADEMACHER: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """accs + c * z of a unit."""
+    if HOT:
+        return add_unit(
+            accs, c, lo, call, hi, call_hi, k0, k1, stream, direction, RADEMACHER, VEC, LANES
+        )
+    else:
+        return (add_anywhere(accs[0], c, i, r, k0, k1, stream, direction, RADEMACHER, VEC, LANES),)
+
+
+@triton.jit
+def _round_all(accs, DTYPE: tl.constexpr):
+    result = ()
+    for part in tl.static_range(len(accs)):
+        result = result + (accs[part].to(DTYPE).to(tl.float32),)
+    return result
+
+
+@triton.jit
+def _unit(
+    vs, tile, at, low, high, lo, call, hi, call_hi, i, r, k0, k1, stream, word,
+    held, scale, src_scale, old_address, old_end, old_records, used, n, place, pattern,
+    new_address, capacity, new_used, new_records, moved, wanted, lost,
+    HOT: tl.constexpr, DTYPE: tl.constexpr, RADEMACHER: tl.constexpr, STOCHASTIC: tl.constexpr,
+    SCALE_SRC: tl.constexpr, DECODE: tl.constexpr, PERTURB: tl.constexpr, ENCODE: tl.constexpr,
+    COUNT: tl.constexpr, CHANGES: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """One unit, loaded as vs: of the hot loop, or a part. Gives whether it was done, and the state.
+
+    A unit whose bytes do not fit changes neither memory nor state.
+    """
+    SHIFT: tl.constexpr = 16 if DTYPE == tl.bfloat16 else (13 if DTYPE == tl.float16 else 0)
+    WIDTH: tl.constexpr = LANES * VEC
+    ws = vs
+    then_used, then_n, then_place, then_pattern = used, n, place, pattern
+    if DECODE:
+        ps = _add(
+            vs, -held, lo, call, hi, call_hi, i, r, k0, k1, stream, word, HOT, RADEMACHER, VEC,
+            LANES,
+        )  # fmt: skip
+        ps = _round_all(ps, DTYPE)
+        ws, then_used = decode(vs, ps, at, low, high, old_address, used, SHIFT)
+        ws, then_place, then_pattern, then_n = with_records(
+            ws, at, len(vs) * WIDTH, place, pattern, n, old_end, old_records
+        )
+    accs = ws
+    if PERTURB:
+        if SCALE_SRC:
+            accs = ()
+            for part in tl.static_range(len(ws)):
+                accs = accs + (ws[part] * src_scale,)
+        accs = _add(
+            accs, scale, lo, call, hi, call_hi, i, r, k0, k1, stream, word, HOT, RADEMACHER, VEC,
+            LANES,
+        )  # fmt: skip
+    news = ()
+    for part in tl.static_range(len(ws)):
+        bits = 0
+        if STOCHASTIC and HOT:
+            bits = draw(lo + part * (WIDTH // 4), hi, k0, k1, stream, word, True, VEC, LANES)
+        elif STOCHASTIC:
+            bits = draw_anywhere(i, r, k0, k1, stream, word, True, VEC, LANES)
+        news = news + (rounded(accs[part], bits, DTYPE, STOCHASTIC),)
+    fits = at == at
+    count, whole = 0, 0
+    if ENCODE:
+        points = ()
+        for part in tl.static_range(len(ws)):
+            points = points + (news[part].to(tl.float32),)
+        ps = _add(
+            points, -scale, lo, call, hi, call_hi, i, r, k0, k1, stream, word, HOT, RADEMACHER,
+            VEC, LANES,
+        )  # fmt: skip
+        ps = _round_all(ps, DTYPE)
+        flags, codes, wholes, counts = encode(ws, points, ps, at, low, high, SHIFT)
+        total = tl.sum(counts, axis=0)
+        count, whole = total & 0xFFFF, total >> 16
+        if not COUNT:
+            fits = new_used + count + _RECORD * (new_records + whole) <= capacity
+    if not COUNT:
+        if fits:
+            if ENCODE:
+                rank = tl.cumsum(counts, 0) - counts
+                write(
+                    ws, flags, codes, wholes, rank, at, new_address, new_used,
+                    new_address + capacity, new_records, whole > 0,
+                )  # fmt: skip
+            for part in tl.static_range(len(ws)):
+                there = at + part * WIDTH
+                if HOT:
+                    store_wide(tile, there, news[part], DTYPE, VEC, LANES)
+                elif (there >= low) & (there + WIDTH <= high):
+                    store_wide(tile, there, news[part], DTYPE, VEC, LANES)
+                else:
+                    store_masked(tile, there, low, high, news[part], DTYPE, VEC, LANES)
+    if CHANGES:
+        for part in tl.static_range(len(ws)):
+            moved, wanted, lost = add_changes(
+                moved, wanted, lost, ws[part], accs[part], news[part], at + part * WIDTH, low, high
+            )
+    used, n = tl.where(fits, then_used, used), tl.where(fits, then_n, n)
+    place = tl.where(fits, then_place, place)
+    pattern = tl.where(fits, then_pattern, pattern)
+    new_used += tl.where(fits, count, 0)
+    new_records += tl.where(fits, whole, 0)
+    return fits, used, n, place, pattern, new_used, new_records, moved, wanted, lost
+
+
+@triton.jit(
+    do_not_specialize=["tensors", "direction", "seed_lo", "seed_hi", "src_scale"],
+    do_not_specialize_on_alignment=[
+        "table", "scales", "old_data", "old_places", "begin", "end", "new_data", "new_places",
+        "reached", "stopped", "partials",
+    ],
+)  # fmt: skip
+def swap_kernel(
+    table,  # (7, tensors) int64
+    scales,  # (rows, 2) float32: of what the tensors hold, and of what they shall hold
+    old_data,  # int8, if DECODE: the regions of old_places
+    old_places,  # (2, tiles) int64: where a tile's region begins, and its bytes
+    begin,  # (3, tiles) int32: the state to begin with
+    end,  # (3, tiles) int32: the state that the encoder left
+    new_data,  # the same of what is written, if ENCODE
+    new_places,
+    reached,  # (3, tiles) int32: the state of the new regions
+    stopped,  # (3, tiles) int32: that of the old ones, where a unit did not fit
+    partials,  # (3, programs, LANES) float32, if CHANGES
+    tensors,
+    direction,  # int32 bit patterns
+    seed_lo,
+    seed_hi,
+    src_scale,
+    DTYPE: tl.constexpr,
+    ITEMSIZE: tl.constexpr,
+    RADEMACHER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    SCALE_SRC: tl.constexpr,
+    DECODE: tl.constexpr,  # the tensors are held
+    PERTURB: tl.constexpr,  # and they get w + scale * z, not w
+    ENCODE: tl.constexpr,
+    COUNT: tl.constexpr,  # write nothing but what regions would have
+    CHANGES: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """See the module."""
+    VEC: tl.constexpr = 16 // ITEMSIZE
+    WIDTH: tl.constexpr = LANES * VEC
+    STEP: tl.constexpr = LANES * 8
+    TILE: tl.constexpr = STEP * STEPS
+    UNIT: tl.constexpr = STEP * (4 if RADEMACHER else 1)  # elements
+    PARTS: tl.constexpr = UNIT // WIDTH
+    program = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0).to(tl.int64)
+    k0 = seed_lo.to(tl.uint32, bitcast=True)
+    k1 = seed_hi.to(tl.uint32, bitcast=True)
+    word = direction.to(tl.uint32, bitcast=True)
+    column, dst, stream, shift, start, low, high = tile_of(
+        table, tensors, program, ITEMSIZE, VEC, TILE
+    )
+    pair = scales + tl.load(table + 6 * tensors + column) * 2
+    held, scale = tl.load(pair), tl.load(pair + 1)
+    tile = dst + (start + shift) * ITEMSIZE
+    r = shift & 3
+    hot = (shift if RADEMACHER else r) == 0
+    # The high counter word must be the same in all lanes: it changes within this step.
+    hot_low = tl.where((shift != 0) & ((start & 0x3FFFFFFFF) == 0), tl.maximum(low, 1), low)
+    tile_lo, hi, tile_call, call_hi = counters(start, shift, VEC, LANES)
+
+    lane = tl.arange(0, LANES)
+    moved = tl.zeros([LANES], tl.float32)
+    wanted = tl.zeros([LANES], tl.float32)
+    lost = tl.zeros([LANES], tl.float32)
+    part = low // WIDTH
+    until = high
+    used = 0
+    n = 0
+    place = _WHOLE_TILE
+    pattern = 0
+    old_address = tl.zeros([], tl.int64)
+    old_end = old_address
+    old_records = 0
+    new_used = 0
+    new_records = 0
+    new_address = old_address
+    capacity = old_address
+    if DECODE:
+        old_address = old_data.to(tl.int64) + tl.load(old_places + program)
+        old_end = old_address + tl.load(old_places + programs + program)
+        part = tl.maximum(part, tl.load(begin + program) // WIDTH)
+        used = tl.load(begin + programs + program)
+        n = tl.load(begin + 2 * programs + program)
+        until = tl.minimum(until, tl.load(end + program))
+        old_records = tl.load(end + 2 * programs + program)
+        place, pattern = record(old_end, n, old_records)
+    if ENCODE and not COUNT:
+        new_address = new_data.to(tl.int64) + tl.load(new_places + program)
+        capacity = tl.load(new_places + programs + program)
+
+    fits = high == high
+    while fits & (part * WIDTH < until):
+        at = part * WIDTH
+        i = start + shift + (at + lane * VEC)
+        lo = tile_lo + (at // 4).to(tl.uint32)
+        call = tile_call + (at // 128).to(tl.uint32)
+        taken = 1
+        if hot & (at % UNIT == 0) & (at >= hot_low) & (at + UNIT <= high):
+            vs = ()
+            for j in tl.static_range(PARTS):
+                vs = vs + (load_wide(tile, at + j * WIDTH, DTYPE, ITEMSIZE, VEC, LANES),)
+            taken = PARTS
+            fits, used, n, place, pattern, new_used, new_records, moved, wanted, lost = _unit(
+                vs, tile, at, low, high, lo, call, hi, call_hi, i, r, k0, k1, stream, word,
+                held, scale, src_scale, old_address, old_end, old_records, used, n, place, pattern,
+                new_address, capacity, new_used, new_records, moved, wanted, lost,
+                True, DTYPE, RADEMACHER, STOCHASTIC, SCALE_SRC, DECODE, PERTURB, ENCODE, COUNT,
+                CHANGES, VEC, LANES,
+            )  # fmt: skip
+        else:
+            if (at >= low) & (at + WIDTH <= high):
+                v = load_wide(tile, at, DTYPE, ITEMSIZE, VEC, LANES)
+            else:
+                v = load_masked(tile, at, low, high, DTYPE, VEC, LANES)
+            fits, used, n, place, pattern, new_used, new_records, moved, wanted, lost = _unit(
+                (v,), tile, at, low, high, lo, call, hi, call_hi, i, r, k0, k1, stream, word,
+                held, scale, src_scale, old_address, old_end, old_records, used, n, place, pattern,
+                new_address, capacity, new_used, new_records, moved, wanted, lost,
+                False, DTYPE, RADEMACHER, STOCHASTIC, SCALE_SRC, DECODE, PERTURB, ENCODE, COUNT,
+                CHANGES, VEC, LANES,
+            )  # fmt: skip
+        part += tl.where(fits, taken, 0)
+
+    if ENCODE:
+        tl.store(reached + program, tl.where(part * WIDTH < high, part * WIDTH, _WHOLE_TILE))
+        tl.store(reached + programs + program, new_used)
+        tl.store(reached + 2 * programs + program, new_records)
+        if DECODE and not COUNT:
+            tl.store(stopped + program, part * WIDTH)
+            tl.store(stopped + programs + program, used)
+            tl.store(stopped + 2 * programs + program, n)
+    if CHANGES:
+        store_changes(partials, program, moved, wanted, lost)
