@@ -52,7 +52,7 @@ def draw_anywhere(
 
 @triton.jit
 def _signed(c, byte, VEC: tl.constexpr, LANES: tl.constexpr):
-    """c times the Rademacher signs in bits 0 .. VEC - 1 of each lane's byte."""
+    """c times the Rademacher signs in bits 0 .. VEC - 1 of each lane's byte; c: float32 scalar."""
     pattern = c.to(tl.uint32, bitcast=True)
     columns = ()
     for e in tl.static_range(VEC):
@@ -62,27 +62,107 @@ def _signed(c, byte, VEC: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def _sign_bytes(
+    parts: tl.constexpr, call, call_hi, k0, k1, stream, direction, VEC: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """The bytes of signs of the parts of a unit, from one Philox call per lane."""
+    PARTS_PER_STEP: tl.constexpr = 8 // VEC
+    words = philox(call, call_hi, k0, k1, stream, direction)
+    lane = tl.arange(0, LANES).to(tl.uint32)
+    bit = lane * VEC // 256 * 8 + lane * VEC % 8
+    found = ()
+    for part in tl.static_range(parts):
+        # A step takes a word; two parts of it that are half as wide take two bytes each.
+        byte = words[part // PARTS_PER_STEP] >> (bit + part % PARTS_PER_STEP * 16)
+        found = found + (byte,)
+    return found
+
+
+@triton.jit
 def add_unit(
     accs, c, lo, call, hi, call_hi, k0, k1, stream, direction,
     RADEMACHER: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """accs + c * z for the parts of a unit of the hot loop; a part is one block."""
-    PARTS_PER_STEP: tl.constexpr = 8 // VEC
     sums = ()
     if RADEMACHER:
-        words = philox(call, call_hi, k0, k1, stream, direction)
-        lane = tl.arange(0, LANES).to(tl.uint32)
-        bit = lane * VEC // 256 * 8 + lane * VEC % 8
+        signs = _sign_bytes(len(accs), call, call_hi, k0, k1, stream, direction, VEC, LANES)
     for part in tl.static_range(len(accs)):
         if RADEMACHER:
-            # A step takes a word; two parts of it that are half as wide take two bytes each.
-            byte = words[part // PARTS_PER_STEP] >> (bit + part % PARTS_PER_STEP * 16)
-            sums = sums + (accs[part] + _signed(c, byte, VEC, LANES),)
+            sums = sums + (accs[part] + _signed(c, signs[part], VEC, LANES),)
         else:
             block = lo + part * (LANES * VEC // 4)
             z = draw(block, hi, k0, k1, stream, direction, False, VEC, LANES)
             sums = sums + (tl.fma(z, c, accs[part]),)
     return sums
+
+
+@triton.jit
+def draw_unit(
+    parts: tl.constexpr, lo, call, hi, call_hi, k0, k1, stream, direction,
+    RADEMACHER: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """z of the parts of a unit of the hot loop."""
+    zs = ()
+    if RADEMACHER:
+        signs = _sign_bytes(parts, call, call_hi, k0, k1, stream, direction, VEC, LANES)
+    for part in tl.static_range(parts):
+        if RADEMACHER:
+            zs = zs + (_signed(tl.full([], 1.0, tl.float32), signs[part], VEC, LANES),)
+        else:
+            block = lo + part * (LANES * VEC // 4)
+            zs = zs + (draw(block, hi, k0, k1, stream, direction, False, VEC, LANES),)
+    return zs
+
+
+@triton.jit
+def _sign_byte_anywhere(i, k0, k1, stream, direction, VEC: tl.constexpr):
+    """Bits 0 .. VEC - 1: the signs of chunks that begin at element i."""
+    first = sign_byte(i >> 3, k0, k1, stream, direction)
+    last = sign_byte((i + VEC - 1) >> 3, k0, k1, stream, direction)
+    return (first | last << 8) >> (i & 7).to(tl.uint32)
+
+
+@triton.jit
+def draw_unit_anywhere(
+    parts: tl.constexpr, i, r, k0, k1, stream, direction,
+    RADEMACHER: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """z of the parts of a unit whose chunks begin at elements i, in the first part; r = i % 4."""
+    zs = ()
+    for part in tl.static_range(parts):
+        j = i + part * (LANES * VEC)
+        if RADEMACHER:
+            byte = _sign_byte_anywhere(j, k0, k1, stream, direction, VEC)
+            zs = zs + (_signed(tl.full([], 1.0, tl.float32), byte, VEC, LANES),)
+        else:
+            zs = zs + (draw_anywhere(j, r, k0, k1, stream, direction, False, VEC, LANES),)
+    return zs
+
+
+@triton.jit
+def bits_unit(
+    parts: tl.constexpr, lo, hi, k0, k1, stream, direction, VEC: tl.constexpr, LANES: tl.constexpr
+):
+    """Rounding bits of the parts of a unit of the hot loop."""
+    bits = ()
+    for part in tl.static_range(parts):
+        block = lo + part * (LANES * VEC // 4)
+        bits = bits + (draw(block, hi, k0, k1, stream, direction, True, VEC, LANES),)
+    return bits
+
+
+@triton.jit
+def bits_unit_anywhere(
+    parts: tl.constexpr, i, r, k0, k1, stream, direction, VEC: tl.constexpr, LANES: tl.constexpr
+):
+    """As bits_unit, for a unit as draw_unit_anywhere has it."""
+    bits = ()
+    for part in tl.static_range(parts):
+        j = i + part * (LANES * VEC)
+        bits = bits + (draw_anywhere(j, r, k0, k1, stream, direction, True, VEC, LANES),)
+    return bits
 
 
 @triton.jit
@@ -92,9 +172,7 @@ def add_anywhere(
 ):  # fmt: skip
     """acc + c * z of chunks that begin at element i, r = i % 4."""
     if RADEMACHER:
-        first = sign_byte(i >> 3, k0, k1, stream, direction)
-        last = sign_byte((i + VEC - 1) >> 3, k0, k1, stream, direction)
-        byte = (first | last << 8) >> (i & 7).to(tl.uint32)
+        byte = _sign_byte_anywhere(i, k0, k1, stream, direction, VEC)
         return acc + _signed(c, byte, VEC, LANES)
     else:
         z = draw_anywhere(i, r, k0, k1, stream, direction, False, VEC, LANES)

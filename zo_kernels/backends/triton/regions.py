@@ -55,7 +55,7 @@ def decode(vs, ps, at, low, high, address, used, SHIFT: tl.constexpr):
     LANES: tl.constexpr = vs[0].shape[0]
     VEC: tl.constexpr = vs[0].shape[1]
     flags, count = _flags(vs, ps, at, low, high)
-    rank = tl.cumsum(count, 0) - count
+    rank, total = places_of(count)
     p = (address + used).to(tl.pointer_type(tl.int8))
     result = ()
     for part in tl.static_range(len(vs)):
@@ -69,7 +69,13 @@ def decode(vs, ps, at, low, high, address, used, SHIFT: tl.constexpr):
             found = found + (w.to(tl.float32, bitcast=True),)
             rank += columns[e]
         result = result + (join(found, LANES),)
-    return result, used + tl.sum(count, axis=0)
+    return result, used + total
+
+
+@triton.jit
+def places_of(counts):
+    """The sum of counts before each lane's, and of all."""
+    return tl.cumsum(counts, 0) - counts, tl.sum(counts, axis=0)
 
 
 @triton.jit

@@ -8,20 +8,26 @@ not give back is kept whole, with its place. The encoder sees w, so nothing that
 flags decides what comes back, only how much is kept.
 
 A tile of perturb.py has a region of bytes: differences from its beginning, in the order of units
-and of lanes, and 8-byte records of whole elements from its end. Units (of the hot loop, or parts
-at ragged ends) are done in order; one that does not fit is not done, and the tile ends there.
+(a step, or four for signs) and of lanes, and 8-byte records of whole elements from its end. A unit
+that does not fit is not done, and the tile ends there.
 """
 
 import triton
 import triton.language as tl
 
-from zo_kernels.backends.triton.directions import add_anywhere, add_unit, draw, draw_anywhere
+from zo_kernels.backends.triton.directions import (
+    bits_unit,
+    bits_unit_anywhere,
+    draw_unit,
+    draw_unit_anywhere,
+)
 from zo_kernels.backends.triton.memory import load_masked, load_wide, store_masked, store_wide
 from zo_kernels.backends.triton.regions import (
     RECORD,
     WHOLE_TILE,
     decode,
     encode,
+    places_of,
     record,
     with_records,
     write,
@@ -41,115 +47,47 @@ _WHOLE_TILE = tl.constexpr(WHOLE_TILE)
 
 
 @triton.jit
-def _add(
-    accs, c, lo, call, hi, call_hi, i, r, k0, k1, stream, direction,
-    HOT: tl.constexpr, RADEMACHER: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+def _load(
+    address, at, DTYPE: tl.constexpr, ITEMSIZE: tl.constexpr, PARTS: tl.constexpr,
+    VEC: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """accs + c * z of a unit."""
-    if HOT:
-        return add_unit(
-            accs, c, lo, call, hi, call_hi, k0, k1, stream, direction, RADEMACHER, VEC, LANES
-        )
-    else:
-        return (add_anywhere(accs[0], c, i, r, k0, k1, stream, direction, RADEMACHER, VEC, LANES),)
+    """A unit that is inside the tensor."""
+    vs = ()
+    for part in tl.static_range(PARTS):
+        there = at + part * (LANES * VEC)
+        vs = vs + (load_wide(address, there, DTYPE, ITEMSIZE, VEC, LANES),)
+    return vs
 
 
 @triton.jit
-def _round_all(accs, DTYPE: tl.constexpr):
+def _load_masked(
+    address, at, low, high, DTYPE: tl.constexpr, PARTS: tl.constexpr, VEC: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """A unit at an end of the tensor."""
+    vs = ()
+    for part in tl.static_range(PARTS):
+        there = at + part * (LANES * VEC)
+        vs = vs + (load_masked(address, there, low, high, DTYPE, VEC, LANES),)
+    return vs
+
+
+@triton.jit
+def _sums(accs, c, zs):
+    """accs + c * z of a unit."""
     result = ()
     for part in tl.static_range(len(accs)):
-        result = result + (accs[part].to(DTYPE).to(tl.float32),)
+        result = result + (tl.fma(zs[part], c, accs[part]),)
     return result
 
 
 @triton.jit
-def _unit(
-    vs, tile, at, low, high, lo, call, hi, call_hi, i, r, k0, k1, stream, word,
-    held, scale, src_scale, old_address, old_end, old_records, used, n, place, pattern,
-    new_address, capacity, new_used, new_records, moved, wanted, lost,
-    HOT: tl.constexpr, DTYPE: tl.constexpr, RADEMACHER: tl.constexpr, STOCHASTIC: tl.constexpr,
-    SCALE_SRC: tl.constexpr, DECODE: tl.constexpr, PERTURB: tl.constexpr, ENCODE: tl.constexpr,
-    COUNT: tl.constexpr, CHANGES: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """One unit, loaded as vs: of the hot loop, or a part. Gives whether it was done, and the state.
-
-    A unit whose bytes do not fit changes neither memory nor state.
-    """
-    SHIFT: tl.constexpr = 16 if DTYPE == tl.bfloat16 else (13 if DTYPE == tl.float16 else 0)
-    WIDTH: tl.constexpr = LANES * VEC
-    ws = vs
-    then_used, then_n, then_place, then_pattern = used, n, place, pattern
-    if DECODE:
-        ps = _add(
-            vs, -held, lo, call, hi, call_hi, i, r, k0, k1, stream, word, HOT, RADEMACHER, VEC,
-            LANES,
-        )  # fmt: skip
-        ps = _round_all(ps, DTYPE)
-        ws, then_used = decode(vs, ps, at, low, high, old_address, used, SHIFT)
-        ws, then_place, then_pattern, then_n = with_records(
-            ws, at, len(vs) * WIDTH, place, pattern, n, old_end, old_records
-        )
-    accs = ws
-    if PERTURB:
-        if SCALE_SRC:
-            accs = ()
-            for part in tl.static_range(len(ws)):
-                accs = accs + (ws[part] * src_scale,)
-        accs = _add(
-            accs, scale, lo, call, hi, call_hi, i, r, k0, k1, stream, word, HOT, RADEMACHER, VEC,
-            LANES,
-        )  # fmt: skip
-    news = ()
-    for part in tl.static_range(len(ws)):
-        bits = 0
-        if STOCHASTIC and HOT:
-            bits = draw(lo + part * (WIDTH // 4), hi, k0, k1, stream, word, True, VEC, LANES)
-        elif STOCHASTIC:
-            bits = draw_anywhere(i, r, k0, k1, stream, word, True, VEC, LANES)
-        news = news + (rounded(accs[part], bits, DTYPE, STOCHASTIC),)
-    fits = at == at
-    count, whole = 0, 0
-    if ENCODE:
-        points = ()
-        for part in tl.static_range(len(ws)):
-            points = points + (news[part].to(tl.float32),)
-        ps = _add(
-            points, -scale, lo, call, hi, call_hi, i, r, k0, k1, stream, word, HOT, RADEMACHER,
-            VEC, LANES,
-        )  # fmt: skip
-        ps = _round_all(ps, DTYPE)
-        flags, codes, wholes, counts = encode(ws, points, ps, at, low, high, SHIFT)
-        total = tl.sum(counts, axis=0)
-        count, whole = total & 0xFFFF, total >> 16
-        if not COUNT:
-            fits = new_used + count + _RECORD * (new_records + whole) <= capacity
-    if not COUNT:
-        if fits:
-            if ENCODE:
-                rank = tl.cumsum(counts, 0) - counts
-                write(
-                    ws, flags, codes, wholes, rank, at, new_address, new_used,
-                    new_address + capacity, new_records, whole > 0,
-                )  # fmt: skip
-            for part in tl.static_range(len(ws)):
-                there = at + part * WIDTH
-                if HOT:
-                    store_wide(tile, there, news[part], DTYPE, VEC, LANES)
-                elif (there >= low) & (there + WIDTH <= high):
-                    store_wide(tile, there, news[part], DTYPE, VEC, LANES)
-                else:
-                    store_masked(tile, there, low, high, news[part], DTYPE, VEC, LANES)
-    if CHANGES:
-        for part in tl.static_range(len(ws)):
-            moved, wanted, lost = add_changes(
-                moved, wanted, lost, ws[part], accs[part], news[part], at + part * WIDTH, low, high
-            )
-    used, n = tl.where(fits, then_used, used), tl.where(fits, then_n, n)
-    place = tl.where(fits, then_place, place)
-    pattern = tl.where(fits, then_pattern, pattern)
-    new_used += tl.where(fits, count, 0)
-    new_records += tl.where(fits, whole, 0)
-    return fits, used, n, place, pattern, new_used, new_records, moved, wanted, lost
+def _predictions(vs, c, zs, DTYPE: tl.constexpr):
+    """round(v - c z) of a unit."""
+    result = ()
+    for part in tl.static_range(len(vs)):
+        result = result + (tl.fma(zs[part], -c, vs[part]).to(DTYPE).to(tl.float32),)
+    return result
 
 
 @triton.jit(
@@ -196,6 +134,7 @@ def swap_kernel(
     TILE: tl.constexpr = STEP * STEPS
     UNIT: tl.constexpr = STEP * (4 if RADEMACHER else 1)  # elements
     PARTS: tl.constexpr = UNIT // WIDTH
+    SHIFT: tl.constexpr = 16 if DTYPE == tl.bfloat16 else (13 if DTYPE == tl.float16 else 0)
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
     k0 = seed_lo.to(tl.uint32, bitcast=True)
@@ -217,7 +156,7 @@ def swap_kernel(
     moved = tl.zeros([LANES], tl.float32)
     wanted = tl.zeros([LANES], tl.float32)
     lost = tl.zeros([LANES], tl.float32)
-    part = low // WIDTH
+    unit = low // UNIT
     until = high
     used = 0
     n = 0
@@ -233,7 +172,7 @@ def swap_kernel(
     if DECODE:
         old_address = old_data.to(tl.int64) + tl.load(old_places + program)
         old_end = old_address + tl.load(old_places + programs + program)
-        part = tl.maximum(part, tl.load(begin + program) // WIDTH)
+        unit = tl.maximum(unit, tl.load(begin + program) // UNIT)
         used = tl.load(begin + programs + program)
         n = tl.load(begin + 2 * programs + program)
         until = tl.minimum(until, tl.load(end + program))
@@ -244,44 +183,91 @@ def swap_kernel(
         capacity = tl.load(new_places + programs + program)
 
     fits = high == high
-    while fits & (part * WIDTH < until):
-        at = part * WIDTH
+    while fits & (unit * UNIT < until):
+        at = unit * UNIT
+        inside = (at >= low) & (at + UNIT <= high)
         i = start + shift + (at + lane * VEC)
-        lo = tile_lo + (at // 4).to(tl.uint32)
-        call = tile_call + (at // 128).to(tl.uint32)
-        taken = 1
-        if hot & (at % UNIT == 0) & (at >= hot_low) & (at + UNIT <= high):
-            vs = ()
-            for j in tl.static_range(PARTS):
-                vs = vs + (load_wide(tile, at + j * WIDTH, DTYPE, ITEMSIZE, VEC, LANES),)
-            taken = PARTS
-            fits, used, n, place, pattern, new_used, new_records, moved, wanted, lost = _unit(
-                vs, tile, at, low, high, lo, call, hi, call_hi, i, r, k0, k1, stream, word,
-                held, scale, src_scale, old_address, old_end, old_records, used, n, place, pattern,
-                new_address, capacity, new_used, new_records, moved, wanted, lost,
-                True, DTYPE, RADEMACHER, STOCHASTIC, SCALE_SRC, DECODE, PERTURB, ENCODE, COUNT,
-                CHANGES, VEC, LANES,
-            )  # fmt: skip
+        if inside:
+            vs = _load(tile, at, DTYPE, ITEMSIZE, PARTS, VEC, LANES)
         else:
-            if (at >= low) & (at + WIDTH <= high):
-                v = load_wide(tile, at, DTYPE, ITEMSIZE, VEC, LANES)
-            else:
-                v = load_masked(tile, at, low, high, DTYPE, VEC, LANES)
-            fits, used, n, place, pattern, new_used, new_records, moved, wanted, lost = _unit(
-                (v,), tile, at, low, high, lo, call, hi, call_hi, i, r, k0, k1, stream, word,
-                held, scale, src_scale, old_address, old_end, old_records, used, n, place, pattern,
-                new_address, capacity, new_used, new_records, moved, wanted, lost,
-                False, DTYPE, RADEMACHER, STOCHASTIC, SCALE_SRC, DECODE, PERTURB, ENCODE, COUNT,
-                CHANGES, VEC, LANES,
-            )  # fmt: skip
-        part += tl.where(fits, taken, 0)
+            vs = _load_masked(tile, at, low, high, DTYPE, PARTS, VEC, LANES)
+        if hot & inside & (at >= hot_low):
+            lo = tile_lo + (at // 4).to(tl.uint32)
+            call = tile_call + (at // 128).to(tl.uint32)
+            zs = draw_unit(
+                PARTS, lo, call, hi, call_hi, k0, k1, stream, word, RADEMACHER, VEC, LANES
+            )
+            if STOCHASTIC:
+                bits = bits_unit(PARTS, lo, hi, k0, k1, stream, word, VEC, LANES)
+        else:
+            zs = draw_unit_anywhere(PARTS, i, r, k0, k1, stream, word, RADEMACHER, VEC, LANES)
+            if STOCHASTIC:
+                bits = bits_unit_anywhere(PARTS, i, r, k0, k1, stream, word, VEC, LANES)
+
+        ws = vs
+        next_used, next_n, next_place, next_pattern = used, n, place, pattern
+        if DECODE:
+            ps = _predictions(vs, held, zs, DTYPE)
+            ws, next_used = decode(vs, ps, at, low, high, old_address, used, SHIFT)
+            ws, next_place, next_pattern, next_n = with_records(
+                ws, at, UNIT, place, pattern, n, old_end, old_records
+            )
+        accs = ws
+        if PERTURB:
+            if SCALE_SRC:
+                accs = ()
+                for part in tl.static_range(PARTS):
+                    accs = accs + (ws[part] * src_scale,)
+            accs = _sums(accs, scale, zs)
+        news = ()
+        for part in tl.static_range(PARTS):
+            dither = bits[part] if STOCHASTIC else 0
+            news = news + (rounded(accs[part], dither, DTYPE, STOCHASTIC),)
+        if ENCODE:
+            points = ()
+            for part in tl.static_range(PARTS):
+                points = points + (news[part].to(tl.float32),)
+            ps = _predictions(points, scale, zs, DTYPE)
+            flags, codes, wholes, counts = encode(ws, points, ps, at, low, high, SHIFT)
+            rank, total = places_of(counts)
+            coded, whole = total & 0xFFFF, total >> 16
+            if not COUNT:
+                needed = new_used + coded + _RECORD * (new_records + whole)
+                fits = needed <= capacity
+                if fits:
+                    write(
+                        ws, flags, codes, wholes, rank, at, new_address, new_used,
+                        new_address + capacity, new_records, whole > 0,
+                    )  # fmt: skip
+            new_used += tl.where(fits, coded, 0)
+            new_records += tl.where(fits, whole, 0)
+        if not COUNT:
+            if fits & inside:
+                for part in tl.static_range(PARTS):
+                    store_wide(tile, at + part * WIDTH, news[part], DTYPE, VEC, LANES)
+            elif fits:
+                for part in tl.static_range(PARTS):
+                    there = at + part * WIDTH
+                    store_masked(tile, there, low, high, news[part], DTYPE, VEC, LANES)
+        if CHANGES:
+            for part in tl.static_range(PARTS):
+                moved, wanted, lost = add_changes(
+                    moved, wanted, lost, ws[part], accs[part], news[part], at + part * WIDTH, low,
+                    high,
+                )  # fmt: skip
+        if DECODE:
+            used = tl.where(fits, next_used, used)
+            n = tl.where(fits, next_n, n)
+            place = tl.where(fits, next_place, place)
+            pattern = tl.where(fits, next_pattern, pattern)
+        unit += tl.where(fits, 1, 0)
 
     if ENCODE:
-        tl.store(reached + program, tl.where(part * WIDTH < high, part * WIDTH, _WHOLE_TILE))
+        tl.store(reached + program, tl.where(unit * UNIT < high, unit * UNIT, _WHOLE_TILE))
         tl.store(reached + programs + program, new_used)
         tl.store(reached + 2 * programs + program, new_records)
         if DECODE and not COUNT:
-            tl.store(stopped + program, part * WIDTH)
+            tl.store(stopped + program, unit * UNIT)
             tl.store(stopped + programs + program, used)
             tl.store(stopped + 2 * programs + program, n)
     if CHANGES:
