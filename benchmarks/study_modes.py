@@ -8,6 +8,10 @@ On weights of a real model's layers, over T steps with g_t ~ N(0, g^2) given, ea
     gain  = <theta_T - theta_0, U> / <U, U>        1: the update arrived
     noise = rms(theta_T - theta_0 - U) / rms(U)    0: nothing else did
 
+The standard error of the gain over N weights is noise / sqrt(N). Both depend on how large the
+updates are beside the spacing of numbers at the weights; --std S takes normal weights of that
+standard deviation instead of a model's.
+
 theta is what the mode keeps: the weights, with their residuals, or the float32 master.
 """
 
@@ -15,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import math
 from pathlib import Path
 
 import torch
@@ -31,7 +35,6 @@ from zo_kernels.pipeline.smollm2 import prepare
 from zo_kernels.refine.checkpoint import DTYPES, load
 from zo_kernels.refine.records import progress_bar
 
-LR_G = (1e-7, 1e-6, 1e-5)
 LOOP = "MeZO's loop"
 SEED = 11
 
@@ -44,6 +47,11 @@ def sample(directory: Path, count: int) -> dict[str, Tensor]:
     kinds = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
     names = [f"model.layers.{middle}.{kind}.weight" for kind in kinds]
     return {name: named[name].detach().flatten()[: count // 4].clone() for name in names}
+
+
+def normal_weights(std: float, count: int) -> dict[str, Tensor]:
+    """float32 N(0, std^2)."""
+    return {"normal": std * zk.normal(count, seed=SEED, direction=1 << 31, stream=0)}
 
 
 def gradients(steps: int) -> list[float]:
@@ -118,6 +126,7 @@ def measure(
     u = torch.cat([intended[n] for n in start])
     return {
         "gain": float(moved @ u / (u @ u)),
+        "gain_error": float((moved - u).norm() / u.norm()) / math.sqrt(len(u)),
         "noise": float((moved - u).norm() / u.norm()),
     }
 
@@ -171,15 +180,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--model", type=Path, help="Hugging Face directory (default: SmolLM2)")
+    parser.add_argument("--std", type=float, help="normal weights instead of a model's")
+    parser.add_argument("--modes", nargs="+", choices=[*MODES, LOOP], default=[*MODES, LOOP])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--lr-g", nargs="+", type=float, default=[1e-7, 1e-6, 1e-5])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--weights", type=int, default=1 << 17)
     parser.add_argument("--eps", type=float, default=1e-3)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    weights = sample(options.model or prepare(progress=print), options.weights)
+    if options.std is not None:
+        weights = normal_weights(options.std, options.weights)
+    else:
+        weights = sample(options.model or prepare(progress=print), options.weights)
     unit = unit_update(weights, options.steps)
-    names = [*MODES, LOOP]
-    work = [(d, m, g) for d in ("bfloat16", "float16", "float32") for m in names for g in LR_G]
+    work = [(d, m, g) for d in options.dtypes for m in options.modes for g in options.lr_g]
     records = []
     with progress_bar("study") as progress:
         for done, (dtype, name, lr_g) in enumerate(work):
@@ -195,15 +210,16 @@ def main() -> None:
                 {"dtype": dtype, "mode": name, "lr_g": lr_g, **measure(final, rounded, intended)}
             )
         progress("done", len(work), len(work))
-    facts = {"steps": options.steps, "weights": options.weights, "eps": options.eps}
+    facts = {name: getattr(options, name) for name in ("steps", "weights", "eps", "std")}
     write_file(options.out / "study.json", json.dumps({**facts, "records": records}, indent=1))
     plot(records, options.out / "study.png")
-    print(f"{'dtype':9} {'mode':12} " + " ".join(f"{'gain':>9} {'noise':>9}" for _ in LR_G))
-    for first in range(0, len(records), len(LR_G)):
-        row = records[first : first + len(LR_G)]
-        cells = " ".join(f"{r['gain']:9.4f} {r['noise']:9.3g}" for r in row)
-        print(f"{row[0]['dtype']:9} {row[0]['mode']:12} {cells}")
-    print(f"lr g = {', '.join(f'{g:g}' for g in LR_G)}; {os.fspath(options.out / 'study.png')}")
+    print(f"{'dtype':9} {'mode':12} {'lr g':>7} {'gain':>9} {'(error)':>9} {'noise':>9}")
+    for r in records:
+        print(
+            f"{r['dtype']:9} {r['mode']:12} {r['lr_g']:7.0e} {r['gain']:9.4f} "
+            f"{r['gain_error']:9.4f} {r['noise']:9.3g}"
+        )
+    print(f"report {options.out / 'study.json'}, plot {options.out / 'study.png'}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ FLOORS = {
     "robustness": 4,
     "refine": 5,
     "pipeline": 6,
-    "replay_cli": 6,
     "cli": 7,
     "__main__": 8,
 }

@@ -1,0 +1,83 @@
+"""Options of several commands, and configuration classes as options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    """Options that name a model, its data and where it runs."""
+    command.add_argument("--model", type=Path, required=True, help="Hugging Face directory")
+    command.add_argument(
+        "--data", type=Path, help="JSON lines: prompt, completion, kind (default: built in)"
+    )
+    command.add_argument(
+        "--dtype", default="auto", help="auto (fast on the device), float32, bfloat16, float16"
+    )
+    command.add_argument("--device", default="cpu", help="torch device")
+    command.add_argument("--max-length", type=int, default=512, help="tokens of one example")
+
+
+def add_options(
+    command: argparse.ArgumentParser, module: str, name: str, skip: Sequence[str]
+) -> None:
+    """One option per field of a configuration class, with its default and its documentation."""
+    kind = _configuration(module, name)
+    texts = _attribute_texts(kind.__doc__ or "")
+    for field in fields(kind):
+        if field.name in skip:
+            continue
+        default = None if field.default is MISSING else field.default
+        flag = "--" + field.name.replace("_", "-")
+        text = texts.get(field.name, "").replace("%", "%%")
+        if isinstance(default, bool):
+            command.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=default, help=text
+            )
+        elif "tuple" in str(field.type):
+            item = float if "float" in str(field.type) else str
+            command.add_argument(flag, nargs="*", type=item, default=default, help=text)
+        else:
+            words = str(field.type)
+            item = int if "int" in words else float if "float" in words else str
+            command.add_argument(flag, type=item, default=default, help=text)
+
+
+def _configuration(module: str, name: str) -> Any:
+    from importlib import import_module
+
+    return getattr(import_module(module), name)
+
+
+def _attribute_texts(doc: str) -> dict[str, str]:
+    """name -> text of the "Attributes:" section of a docstring."""
+    texts: dict[str, str] = {}
+    current = None
+    for line in doc.partition("Attributes:")[2].splitlines():
+        name, colon, rest = line.strip().partition(": ")
+        if colon and all(part.strip().isidentifier() for part in name.split(",")):
+            for part in name.split(","):
+                current = part.strip()
+                texts[current] = rest
+        elif current and line.strip():
+            texts[current] += " " + line.strip()
+    return texts
+
+
+def read(options: argparse.Namespace, module: str, name: str) -> Any:
+    """The configuration that the options give."""
+    kind = _configuration(module, name)
+    values = {f.name: getattr(options, f.name) for f in fields(kind) if hasattr(options, f.name)}
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def examples_of(options: argparse.Namespace, split: str) -> list[Any]:
+    """The examples of one split, or "all"."""
+    from zo_kernels import chat
+
+    examples = chat.readexamples_of(options.data) if options.data else chat.builtinexamples_of()
+    return examples if split == "all" else chat.select(examples, split=split)

@@ -1,0 +1,135 @@
+"""The commands that train a model: align and refine."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zo_kernels.cli.options import add_model, add_options, examples_of, read
+
+
+def add_commands(commands: Any, make: Any) -> None:
+    """Add them to the parser.
+
+    Args:
+        commands: what ``add_subparsers`` gave.
+        make: makes one: make(commands, name, run, text).
+    """
+    command = make(commands, "align", _align, "first-order SFT on the completion tokens")
+    _add_training(command)
+    add_options(command, "zo_kernels.refine.align", "AlignConfig", skip=("first_batch",))
+
+    command = make(commands, "refine", _refine, "zeroth-order refinement")
+    _add_training(command)
+    command.add_argument(
+        "--resume", action="store_true", help="go on with the unfinished run of the same --out"
+    )
+    add_options(
+        command, "zo_kernels.refine.refiner", "RefineConfig", skip=("first_batch", "max_length")
+    )
+
+
+def _add_training(command: argparse.ArgumentParser) -> None:
+    add_model(command)
+    command.add_argument("--out", type=Path, required=True, help="folder for the new model")
+
+
+def _train(options: argparse.Namespace, run: Any, earlier: Sequence[dict[str, Any]] = ()) -> None:
+    """What align and refine share: check, load, run with a log and a bar, save, say.
+
+    ``earlier`` are the records of the steps that a resumed run took before.
+    """
+    from zo_kernels import chat
+    from zo_kernels.files import check_replaceable
+    from zo_kernels.refine import checkpoint
+    from zo_kernels.refine.records import MetricsLog, progress_bar, write_records
+
+    check_replaceable(options.out)
+    examples = examples_of(options, "train")
+    model, tokenizer = checkpoint.load(options.model, dtype=options.dtype, device=options.device)
+    encoded = chat.encode(tokenizer, examples, max_length=options.max_length)
+    log_path = options.out.parent / f"{options.out.name}.jsonl"
+    partial = log_path.with_suffix(".partial.jsonl")  # an earlier run's log stays until the end
+    write_records(partial, earlier)
+    with MetricsLog(partial) as log, progress_bar(options.command) as progress:
+        records = [*earlier, *run(model, tokenizer, encoded, log.write, progress)]
+    checkpoint.save(model, tokenizer, options.out)
+    partial.replace(log_path)
+    from zo_kernels.robustness.plots import loss_per_step
+
+    plot = options.out.parent / f"{options.out.name}.png"
+    plot.write_bytes(loss_per_step({options.command: records}))
+    print(
+        f"{len(records)} steps in {records[-1]['seconds']:.1f} s, loss {records[0]['loss']:.4f} -> "
+        f"{records[-1]['loss']:.4f}; model {options.out}, log {log_path}, plot {plot}"
+    )
+
+
+def _align(options: argparse.Namespace) -> None:
+    from zo_kernels.refine.align import align
+
+    config = read(options, "zo_kernels.refine.align", "AlignConfig")
+    config.check()
+    if options.dtype == "auto":
+        options.dtype = "float32"  # a first-order update is lost in 16-bit weights
+    _train(
+        options,
+        lambda model, tokenizer, encoded, on_step, progress: align(
+            model, tokenizer, encoded, config, on_step=on_step, progress=progress
+        ),
+    )
+
+
+def _refine(options: argparse.Namespace) -> None:
+    from zo_kernels.refine.refiner import ZORefiner
+
+    config = read(options, "zo_kernels.refine.refiner", "RefineConfig")
+    config.check()
+    final = options.out.parent / f"{options.out.name}.zolog"
+    unfinished = final.with_suffix(".partial.zolog")
+    if options.resume and not unfinished.exists():
+        raise ValueError(f"resume: expected an unfinished run's log {unfinished}, found none")
+    if unfinished.exists() and not options.resume:
+        raise FileExistsError(
+            f"out: {unfinished} is of an unfinished run; go on with it by --resume, or delete it"
+        )
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    log = unfinished if config.mode != "mezo" else None  # whose drift no log can hold
+    _train(
+        options,
+        lambda model, tokenizer, encoded, on_step, progress: ZORefiner(
+            model, tokenizer, config
+        ).run(encoded, log=log, resume=options.resume, on_step=on_step, progress=progress),
+        _earlier(options, unfinished) if options.resume else (),
+    )
+    if log is not None:
+        unfinished.replace(final)
+        print(f"replay log {final}: {final.stat().st_size} bytes")
+
+
+def _earlier(options: argparse.Namespace, unfinished: Path) -> list[dict[str, Any]]:
+    """The records of the steps in an unfinished run's log, of which a kill may have cost the last.
+
+    The log is ahead of the records: it is written before the weights change.
+    """
+    from zo_kernels.refine.records import read_records
+    from zo_kernels.replay import read_log
+
+    path = options.out.parent / f"{options.out.name}.partial.jsonl"
+    known = {r["step"]: r for r in read_records(path)} if path.exists() else {}
+    records = []
+    for row in read_log(unfinished).steps:
+        number, plus, minus = int(row["step"]), list(row["losses_plus"]), list(row["losses_minus"])
+        seconds = records[-1]["seconds"] if records else 0.0
+        logged = {
+            "step": number,
+            "losses_plus": [float(loss) for loss in plus],
+            "losses_minus": [float(loss) for loss in minus],
+            "lr": [float(lr) for lr in row["lr"]],
+            "loss": float(sum(plus + minus) / len(plus + minus)),
+            "seconds": seconds,
+        }
+        records.append(known.get(number, logged))
+    return records
