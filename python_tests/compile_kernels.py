@@ -1,7 +1,7 @@
 """Compiles kernels for sm_90 and writes what run_llir.py runs; called by the tests.
 
 `python compile_kernels.py FOLDER SET` writes NAME.ll, the LLVM IR, and NAME.json, the other fields
-of run_llir.Compiled, for each variant of a set: "combine", "updates", "fake_quant" or "small".
+of run_llir.Compiled, for each variant of a set, "combine" to "small" (main).
 Runs in a process of its own: TRITON_INTERPRET must not be set.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import llir_kernels
 import torch
 
-from zo_kernels.backends.triton import launch, perturb, quantize, updates
+from zo_kernels.backends.triton import holding, launch, perturb, quantize, updates
 from zo_kernels.backends.triton.compile import TARGETS, Variant, compile_variant
 
 # dtypes of src and dst, steps per program and options of the variants of combine_kernel that
@@ -49,6 +49,17 @@ ADVANCE = [
     (_fp16, 1, {"residuals": True, "rademacher": True}),
     (_fp16, 4, {"changes": True, "scale_src": True, "single": False}),
 ]
+# Pass, dtype and options of the variants of swap_kernel, all with 4 steps.
+SWAP = [
+    ("hold count", _bf16, {}),
+    ("hold", _bf16, {}),
+    ("swap", _bf16, {}),
+    ("release", _bf16, {}),
+    ("release update", _bf16, {"stochastic": True, "scale_src": True, "changes": True}),
+    ("hold count", _fp32, {"rademacher": True}),
+    ("hold", _fp32, {"rademacher": True}),
+    ("release", _fp32, {"rademacher": True}),
+]
 # Kernels and kinds of formats, each on one dtype at least.
 FAKE_QUANT = [
     "fake_quant fp32 int4 g128",
@@ -68,17 +79,16 @@ FAKE_QUANT = [
 
 def combine_variant(src: torch.dtype, dst: torch.dtype, steps: int, options: dict) -> Variant:
     """A variant of combine_kernel with STEPS steps per program."""
-    base = launch.variant(src, dst, **options)
-    return replace(
-        base,
-        name=f"{base.name} {steps} steps",
-        constants={**base.constants, "STEPS": steps},
-    )
+    return with_steps(launch.variant(src, dst, **options), steps)
 
 
 def advance_variant(dtype: torch.dtype, steps: int, options: dict) -> Variant:
     """A variant of advance_kernel with STEPS steps per program."""
-    base = updates.variant(dtype, **options)
+    return with_steps(updates.variant(dtype, **options), steps)
+
+
+def with_steps(base: Variant, steps: int) -> Variant:
+    """A variant with STEPS steps per program."""
     return replace(
         base,
         name=f"{base.name} {steps} steps",
@@ -127,6 +137,7 @@ def main() -> None:
             *(combine_variant(*case) for case in PAIR),
             *(advance_variant(*case) for case in ADVANCE),
         ],
+        "swap": [with_steps(holding.variant(n, d, **options), 4) for n, d, options in SWAP],
         "small": llir_kernels.variants(),
     }
     write_ir(sets[sys.argv[2]], Path(sys.argv[1]))

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 KEPT = ("TRITON_CACHE_DIR", "TRITON_HOME")
 
 _TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_TYPES |= {"int64": "i64", "int32": "i32"}
+_TYPES |= {"int64": "i64", "int32": "i32", "int8": "i8"}
 
 
 def compile_set(name: str, folder: Path) -> None:

@@ -62,35 +62,22 @@ def _signed(c, byte, VEC: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def _sign_bytes(
-    parts: tl.constexpr, call, call_hi, k0, k1, stream, direction, VEC: tl.constexpr,
-    LANES: tl.constexpr,
-):  # fmt: skip
-    """The bytes of signs of the parts of a unit, from one Philox call per lane."""
-    PARTS_PER_STEP: tl.constexpr = 8 // VEC
-    words = philox(call, call_hi, k0, k1, stream, direction)
-    lane = tl.arange(0, LANES).to(tl.uint32)
-    bit = lane * VEC // 256 * 8 + lane * VEC % 8
-    found = ()
-    for part in tl.static_range(parts):
-        # A step takes a word; two parts of it that are half as wide take two bytes each.
-        byte = words[part // PARTS_PER_STEP] >> (bit + part % PARTS_PER_STEP * 16)
-        found = found + (byte,)
-    return found
-
-
-@triton.jit
 def add_unit(
     accs, c, lo, call, hi, call_hi, k0, k1, stream, direction,
     RADEMACHER: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """accs + c * z for the parts of a unit of the hot loop; a part is one block."""
+    PARTS_PER_STEP: tl.constexpr = 8 // VEC
     sums = ()
     if RADEMACHER:
-        signs = _sign_bytes(len(accs), call, call_hi, k0, k1, stream, direction, VEC, LANES)
+        words = philox(call, call_hi, k0, k1, stream, direction)
+        lane = tl.arange(0, LANES).to(tl.uint32)
+        bit = lane * VEC // 256 * 8 + lane * VEC % 8
     for part in tl.static_range(len(accs)):
         if RADEMACHER:
-            sums = sums + (accs[part] + _signed(c, signs[part], VEC, LANES),)
+            # A step takes a word; two parts of it that are half as wide take two bytes each.
+            byte = words[part // PARTS_PER_STEP] >> (bit + part % PARTS_PER_STEP * 16)
+            sums = sums + (accs[part] + _signed(c, byte, VEC, LANES),)
         else:
             block = lo + part * (LANES * VEC // 4)
             z = draw(block, hi, k0, k1, stream, direction, False, VEC, LANES)
@@ -99,17 +86,22 @@ def add_unit(
 
 
 @triton.jit
-def draw_unit(
-    parts: tl.constexpr, lo, call, hi, call_hi, k0, k1, stream, direction,
+def draw_step(
+    step, lo, call, hi, call_hi, k0, k1, stream, direction,
     RADEMACHER: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """z of the parts of a unit of the hot loop."""
+    """z of the parts of one step of the hot loop; call: of the unit of four that step is in."""
     zs = ()
     if RADEMACHER:
-        signs = _sign_bytes(parts, call, call_hi, k0, k1, stream, direction, VEC, LANES)
-    for part in tl.static_range(parts):
+        a, b, c, d = philox(call, call_hi, k0, k1, stream, direction)
+        odd = (step & 1) != 0
+        word = tl.where((step & 2) != 0, tl.where(odd, d, c), tl.where(odd, b, a))
+        lane = tl.arange(0, LANES).to(tl.uint32)
+        word = word >> (lane * VEC // 256 * 8 + lane * VEC % 8)
+    for part in tl.static_range(8 // VEC):
         if RADEMACHER:
-            zs = zs + (_signed(tl.full([], 1.0, tl.float32), signs[part], VEC, LANES),)
+            one = tl.full([], 1.0, tl.float32)
+            zs = zs + (_signed(one, word >> (part * 16), VEC, LANES),)
         else:
             block = lo + part * (LANES * VEC // 4)
             zs = zs + (draw(block, hi, k0, k1, stream, direction, False, VEC, LANES),)
@@ -125,41 +117,38 @@ def _sign_byte_anywhere(i, k0, k1, stream, direction, VEC: tl.constexpr):
 
 
 @triton.jit
-def draw_unit_anywhere(
-    parts: tl.constexpr, i, r, k0, k1, stream, direction,
+def draw_step_anywhere(
+    i, r, k0, k1, stream, direction,
     RADEMACHER: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """z of the parts of a unit whose chunks begin at elements i, in the first part; r = i % 4."""
+    """z of the parts of a step whose chunks begin at elements i, in the first part; r = i % 4."""
     zs = ()
-    for part in tl.static_range(parts):
+    for part in tl.static_range(8 // VEC):
         j = i + part * (LANES * VEC)
         if RADEMACHER:
             byte = _sign_byte_anywhere(j, k0, k1, stream, direction, VEC)
-            zs = zs + (_signed(tl.full([], 1.0, tl.float32), byte, VEC, LANES),)
+            one = tl.full([], 1.0, tl.float32)
+            zs = zs + (_signed(one, byte, VEC, LANES),)
         else:
             zs = zs + (draw_anywhere(j, r, k0, k1, stream, direction, False, VEC, LANES),)
     return zs
 
 
 @triton.jit
-def bits_unit(
-    parts: tl.constexpr, lo, hi, k0, k1, stream, direction, VEC: tl.constexpr, LANES: tl.constexpr
-):
-    """Rounding bits of the parts of a unit of the hot loop."""
+def bits_step(lo, hi, k0, k1, stream, direction, VEC: tl.constexpr, LANES: tl.constexpr):
+    """Rounding bits of the parts of one step of the hot loop."""
     bits = ()
-    for part in tl.static_range(parts):
+    for part in tl.static_range(8 // VEC):
         block = lo + part * (LANES * VEC // 4)
         bits = bits + (draw(block, hi, k0, k1, stream, direction, True, VEC, LANES),)
     return bits
 
 
 @triton.jit
-def bits_unit_anywhere(
-    parts: tl.constexpr, i, r, k0, k1, stream, direction, VEC: tl.constexpr, LANES: tl.constexpr
-):
-    """As bits_unit, for a unit as draw_unit_anywhere has it."""
+def bits_step_anywhere(i, r, k0, k1, stream, direction, VEC: tl.constexpr, LANES: tl.constexpr):
+    """As bits_step, for a step as draw_step_anywhere has it."""
     bits = ()
-    for part in tl.static_range(parts):
+    for part in tl.static_range(8 // VEC):
         j = i + part * (LANES * VEC)
         bits = bits + (draw_anywhere(j, r, k0, k1, stream, direction, True, VEC, LANES),)
     return bits

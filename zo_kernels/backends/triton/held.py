@@ -115,7 +115,8 @@ def _hold(
         launch_swap(call, members, held_scales, scales, old=old, counts=counts)
         capacities = _capacities(counts, exact=True)
         totals = _totals(table, tiles, capacities, counts)
-        _foreseen[table] = sizes, _capacities(counts, exact=False), totals
+        later = _capacities(counts, exact=False)
+        _foreseen[table] = sizes, later, _totals(table, tiles, later, counts)
     if crowded := _crowded(call, members, totals):
         if old is not None:
             part, _ = old.only(call, crowded)
@@ -123,6 +124,7 @@ def _hold(
         _copy(call, crowded, scales, kept)
         rest = [i for i in members if i not in crowded]
         if rest:
+            _foresee_rest(call, members, rest, scales, capacities, totals)
             old = None if old is None else old.only(call, rest)[0]
             _hold(call, rest, held_scales, scales, old, kept)
         return
@@ -149,9 +151,27 @@ def _hold(
         part, _ = new.only(call, short)
         launch_swap(call, short, scales, None, old=part)
         _copy(call, short, scales, kept)
-        new = new.only(call, [i for i in members if i not in short])[0].compact()
-    if new.members:
-        kept.regions.append(new)
+        rest = [i for i in members if i not in short]
+        if not rest:
+            return
+        new = new.only(call, rest)[0].compact()
+        _foresee_rest(call, members, rest, scales, capacities, [row[:2] for row in totals])
+    kept.regions.append(new)
+
+
+def _foresee_rest(
+    call: Call,
+    members: list[int],
+    rest: list[int],
+    scales: Sequence[float],
+    capacities: Tensor,
+    totals: Sequence[Sequence[int]],
+) -> None:
+    """What is known of some tensors' regions, for a list of their own."""
+    table, _ = call.table(rest)
+    sizes = [abs(scales[i]) for i in rest], call.distribution
+    found = [row for i, row in zip(members, totals, strict=True) if i in rest]
+    _foreseen[table] = sizes, capacities[call.tiles_of(members, rest)], found
 
 
 def _copy(call: Call, members: list[int], scales: Sequence[float], kept: Store) -> None:

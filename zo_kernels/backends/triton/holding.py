@@ -34,6 +34,12 @@ class Call:
         rows = range(len(members))
         return launch.device_table(tensors, tensors, streams, offsets, rows, tensors[0].device)
 
+    def tiles_of(self, members: Sequence[int], chosen: Sequence[int]) -> Tensor:
+        """A mask of the tiles that some of these tensors have in the table of all of them."""
+        table, tiles = self.table(members)
+        wanted = torch.tensor([i in chosen for i in members], device=table.device)
+        return wanted[launch.columns_of_tiles(table, tiles)]
+
     def combine_(
         self, members: Sequence[int], copies: Sequence[Tensor], scales: Sequence[float], **options
     ) -> None:
@@ -69,9 +75,7 @@ class Regions:
 
     def only(self, call: Call, members: Sequence[int]) -> tuple[Regions, Tensor]:
         """The regions of some members, in the same data, and a mask of their tiles."""
-        table, tiles = call.table(self.members)
-        chosen = torch.tensor([i in members for i in self.members], device=table.device)
-        mask = chosen[launch.columns_of_tiles(table, tiles)]
+        mask = call.tiles_of(self.members, members)
         kept = [i for i in self.members if i in members]
         return Regions(kept, self.data, self.places[:, mask], self.state[:, mask]), mask
 

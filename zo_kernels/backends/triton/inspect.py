@@ -163,7 +163,7 @@ BUDGETS = (
         "*",
         "bytes per element outside 16-byte accesses",
         0,
-        but=("combine bf16-fp32", "advance*residuals*"),
+        but=("combine bf16-fp32", "advance*residuals*", "* count"),
     ),
     Budget("advance*residuals*", "*", "bytes per element outside 16-byte accesses", 2),
     Budget("combine*", "*", "bytes of shared memory", 0),
@@ -174,6 +174,11 @@ BUDGETS = (
     Budget("combine*directions*", "sm_90", "instructions per element and further direction", 32),
     Budget("combine ???? rademacher", "sm_90", "instructions per element", 8),
     Budget("pair ????", "sm_90", "instructions per element", 38),
+    # Each lane's place among the bytes of its step: a scan over the program's warps.
+    Budget("hold*", "sm_90", "bytes of shared memory", 1024),
+    Budget("swap*", "sm_90", "bytes of shared memory", 1024),
+    Budget("hold ????", "sm_90", "instructions per element", 90),
+    Budget("swap ????", "sm_90", "instructions per element", 120),
     # An update of one direction, rounding included.
     Budget("advance ????", "sm_90", "instructions per element and further direction", 36),
     Budget("advance ???? residuals", "sm_90", "instructions per element and further direction", 42),

@@ -1,8 +1,8 @@
 """What a tile keeps of held weights: codes of flagged elements, and whole elements.
 
-A unit is a tuple of blocks (LANES, VEC), the parts of LANES * VEC contiguous elements, the first of
-which is element `at` of the tile; [low, high) is what the tensor has of the tile. ws are weights,
-vs what is in memory, ps the predictions of ws from vs, all float32 values that the dtype has.
+A step is a tuple of blocks (LANES, VEC), its parts of LANES * VEC contiguous elements; its first
+element is `at` of the tile, and [low, high) is what the tensor has of the tile. ws are weights, vs
+what is in memory, ps the predictions of ws from vs, all float32 values that the dtype has.
 """
 
 import triton
@@ -36,7 +36,7 @@ def _flags(vs, ps, at, low, high):
 
 @triton.jit
 def _index(at, part, VEC: tl.constexpr, LANES: tl.constexpr):
-    """Elements of a part of a unit, counted from the tile's first."""
+    """Elements of a part of a step, counted from the tile's first."""
     i = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
     return at + part * (LANES * VEC) + i
 
@@ -51,7 +51,7 @@ def record(end, n, count):
 
 @triton.jit
 def decode(vs, ps, at, low, high, address, used, SHIFT: tl.constexpr):
-    """w of a unit, but for what is kept whole, and the bytes read by its end."""
+    """w of a step, but for what is kept whole, and the bytes read by its end."""
     LANES: tl.constexpr = vs[0].shape[0]
     VEC: tl.constexpr = vs[0].shape[1]
     flags, count = _flags(vs, ps, at, low, high)
@@ -80,7 +80,7 @@ def places_of(counts):
 
 @triton.jit
 def with_records(ws, at, size, place, pattern, n, end, count):
-    """ws with the elements of this unit that are kept whole, and what is next after it."""
+    """ws with the elements of this step that are kept whole, and what is next after it."""
     LANES: tl.constexpr = ws[0].shape[0]
     VEC: tl.constexpr = ws[0].shape[1]
     while place < at + size:
@@ -119,7 +119,7 @@ def encode(ws, vs, ps, at, low, high, SHIFT: tl.constexpr):
 
 @triton.jit
 def write(ws, flags, codes, wholes, rank, at, address, used, end, records, any_whole):
-    """The bytes and records of a unit into a region; rank: of each lane, as _encode's counts."""
+    """The bytes and records of a step into a region; rank: of each lane, as _encode's counts."""
     LANES: tl.constexpr = ws[0].shape[0]
     VEC: tl.constexpr = ws[0].shape[1]
     p = (address + used).to(tl.pointer_type(tl.int8))

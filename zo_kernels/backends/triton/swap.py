@@ -7,19 +7,19 @@ difference of the patterns of w and p, in units of the dtype's last place. What 
 not give back is kept whole, with its place. The encoder sees w, so nothing that is said here of
 flags decides what comes back, only how much is kept.
 
-A tile of perturb.py has a region of bytes: differences from its beginning, in the order of units
-(a step, or four for signs) and of lanes, and 8-byte records of whole elements from its end. A unit
-that does not fit is not done, and the tile ends there.
+A tile of perturb.py has a region of bytes: differences from its beginning, in the order of steps
+and of lanes, and 8-byte records of whole elements from its end. A step that does not fit is not
+done, and the tile ends there.
 """
 
 import triton
 import triton.language as tl
 
 from zo_kernels.backends.triton.directions import (
-    bits_unit,
-    bits_unit_anywhere,
-    draw_unit,
-    draw_unit_anywhere,
+    bits_step,
+    bits_step_anywhere,
+    draw_step,
+    draw_step_anywhere,
 )
 from zo_kernels.backends.triton.memory import load_masked, load_wide, store_masked, store_wide
 from zo_kernels.backends.triton.regions import (
@@ -51,7 +51,7 @@ def _load(
     address, at, DTYPE: tl.constexpr, ITEMSIZE: tl.constexpr, PARTS: tl.constexpr,
     VEC: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """A unit that is inside the tensor."""
+    """A step that is inside the tensor."""
     vs = ()
     for part in tl.static_range(PARTS):
         there = at + part * (LANES * VEC)
@@ -64,7 +64,7 @@ def _load_masked(
     address, at, low, high, DTYPE: tl.constexpr, PARTS: tl.constexpr, VEC: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """A unit at an end of the tensor."""
+    """A step at an end of the tensor."""
     vs = ()
     for part in tl.static_range(PARTS):
         there = at + part * (LANES * VEC)
@@ -74,7 +74,7 @@ def _load_masked(
 
 @triton.jit
 def _sums(accs, c, zs):
-    """accs + c * z of a unit."""
+    """accs + c * z of a step."""
     result = ()
     for part in tl.static_range(len(accs)):
         result = result + (tl.fma(zs[part], c, accs[part]),)
@@ -83,7 +83,7 @@ def _sums(accs, c, zs):
 
 @triton.jit
 def _predictions(vs, c, zs, DTYPE: tl.constexpr):
-    """round(v - c z) of a unit."""
+    """round(v - c z) of a step."""
     result = ()
     for part in tl.static_range(len(vs)):
         result = result + (tl.fma(zs[part], -c, vs[part]).to(DTYPE).to(tl.float32),)
@@ -107,7 +107,7 @@ def swap_kernel(
     new_data,  # the same of what is written, if ENCODE
     new_places,
     reached,  # (3, tiles) int32: the state of the new regions
-    stopped,  # (3, tiles) int32: that of the old ones, where a unit did not fit
+    stopped,  # (3, tiles) int32: that of the old ones, where a step did not fit
     partials,  # (3, programs, LANES) float32, if CHANGES
     tensors,
     direction,  # int32 bit patterns
@@ -132,8 +132,8 @@ def swap_kernel(
     WIDTH: tl.constexpr = LANES * VEC
     STEP: tl.constexpr = LANES * 8
     TILE: tl.constexpr = STEP * STEPS
-    UNIT: tl.constexpr = STEP * (4 if RADEMACHER else 1)  # elements
-    PARTS: tl.constexpr = UNIT // WIDTH
+    PARTS: tl.constexpr = STEP // WIDTH
+    tl.static_assert(STEPS % 4 == 0)  # a tile begins with a unit of signs
     SHIFT: tl.constexpr = 16 if DTYPE == tl.bfloat16 else (13 if DTYPE == tl.float16 else 0)
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
@@ -156,7 +156,7 @@ def swap_kernel(
     moved = tl.zeros([LANES], tl.float32)
     wanted = tl.zeros([LANES], tl.float32)
     lost = tl.zeros([LANES], tl.float32)
-    unit = low // UNIT
+    step = low // STEP
     until = high
     used = 0
     n = 0
@@ -172,7 +172,7 @@ def swap_kernel(
     if DECODE:
         old_address = old_data.to(tl.int64) + tl.load(old_places + program)
         old_end = old_address + tl.load(old_places + programs + program)
-        unit = tl.maximum(unit, tl.load(begin + program) // UNIT)
+        step = tl.maximum(step, tl.load(begin + program) // STEP)
         used = tl.load(begin + programs + program)
         n = tl.load(begin + 2 * programs + program)
         until = tl.minimum(until, tl.load(end + program))
@@ -183,9 +183,9 @@ def swap_kernel(
         capacity = tl.load(new_places + programs + program)
 
     fits = high == high
-    while fits & (unit * UNIT < until):
-        at = unit * UNIT
-        inside = (at >= low) & (at + UNIT <= high)
+    while fits & (step * STEP < until):
+        at = step * STEP
+        inside = (at >= low) & (at + STEP <= high)
         i = start + shift + (at + lane * VEC)
         if inside:
             vs = _load(tile, at, DTYPE, ITEMSIZE, PARTS, VEC, LANES)
@@ -193,16 +193,16 @@ def swap_kernel(
             vs = _load_masked(tile, at, low, high, DTYPE, PARTS, VEC, LANES)
         if hot & inside & (at >= hot_low):
             lo = tile_lo + (at // 4).to(tl.uint32)
-            call = tile_call + (at // 128).to(tl.uint32)
-            zs = draw_unit(
-                PARTS, lo, call, hi, call_hi, k0, k1, stream, word, RADEMACHER, VEC, LANES
+            call = tile_call + (step // 4 * 32).to(tl.uint32)
+            zs = draw_step(
+                step, lo, call, hi, call_hi, k0, k1, stream, word, RADEMACHER, VEC, LANES
             )
             if STOCHASTIC:
-                bits = bits_unit(PARTS, lo, hi, k0, k1, stream, word, VEC, LANES)
+                bits = bits_step(lo, hi, k0, k1, stream, word, VEC, LANES)
         else:
-            zs = draw_unit_anywhere(PARTS, i, r, k0, k1, stream, word, RADEMACHER, VEC, LANES)
+            zs = draw_step_anywhere(i, r, k0, k1, stream, word, RADEMACHER, VEC, LANES)
             if STOCHASTIC:
-                bits = bits_unit_anywhere(PARTS, i, r, k0, k1, stream, word, VEC, LANES)
+                bits = bits_step_anywhere(i, r, k0, k1, stream, word, VEC, LANES)
 
         ws = vs
         next_used, next_n, next_place, next_pattern = used, n, place, pattern
@@ -210,7 +210,7 @@ def swap_kernel(
             ps = _predictions(vs, held, zs, DTYPE)
             ws, next_used = decode(vs, ps, at, low, high, old_address, used, SHIFT)
             ws, next_place, next_pattern, next_n = with_records(
-                ws, at, UNIT, place, pattern, n, old_end, old_records
+                ws, at, STEP, place, pattern, n, old_end, old_records
             )
         accs = ws
         if PERTURB:
@@ -260,14 +260,14 @@ def swap_kernel(
             n = tl.where(fits, next_n, n)
             place = tl.where(fits, next_place, place)
             pattern = tl.where(fits, next_pattern, pattern)
-        unit += tl.where(fits, 1, 0)
+        step += tl.where(fits, 1, 0)
 
     if ENCODE:
-        tl.store(reached + program, tl.where(unit * UNIT < high, unit * UNIT, _WHOLE_TILE))
+        tl.store(reached + program, tl.where(step * STEP < high, step * STEP, _WHOLE_TILE))
         tl.store(reached + programs + program, new_used)
         tl.store(reached + 2 * programs + program, new_records)
         if DECODE and not COUNT:
-            tl.store(stopped + program, unit * UNIT)
+            tl.store(stopped + program, step * STEP)
             tl.store(stopped + programs + program, used)
             tl.store(stopped + 2 * programs + program, n)
     if CHANGES:
