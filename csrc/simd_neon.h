@@ -35,10 +35,10 @@ inline VI srl(VI a) {
 }
 template <int N>
 inline VI sra(VI a) {
-  if constexpr (N == 0)
+  if constexpr (N == 0)  // which the instruction cannot do
     return a;
   else
-    return vreinterpretq_u32_s32(vshrq_n_s32(vreinterpretq_s32_u32(a), N ? N : 1));
+    return vreinterpretq_u32_s32(vshrq_n_s32(vreinterpretq_s32_u32(a), N));
 }
 inline VI sll_each(VI a, VI n) { return vshlq_u32(a, vreinterpretq_s32_u32(n)); }
 inline VI lanes_mod_8() {

@@ -67,8 +67,8 @@ inline VI equal(VI a, VI b) { return {a.v == b.v ? ~0u : 0u}; }
 // The top bit of each lane.
 constexpr unsigned ALL_LANES = 1;
 inline unsigned mask_of(VI a) { return a.v >> 31; }
-// The low bytes of the lanes in the mask, one after the other, and back (zeros elsewhere). Up to W
-// bytes are written, and read, whatever the mask.
+// The lanes in the mask as bytes, one after the other, and back (zeros elsewhere); they hold values
+// below 2^8. Up to W bytes are written, and read, whatever the mask.
 inline void compress_bytes(uint8_t* p, VI a, unsigned) { *p = static_cast<uint8_t>(a.v); }
 inline VI expand_bytes(const uint8_t* p, unsigned mask) { return {mask ? *p : 0u}; }
 
