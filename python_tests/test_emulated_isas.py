@@ -1,23 +1,24 @@
-"""AVX-512, AVX-512 with BF16, and NEON kernels on processors that lack them.
-
-csrc/isa.cpp is compiled against python_tests/emulation/, where each intrinsic is a plain loop
-written from its vendor's documentation. This proves what the wrappers say: lane orders, shuffles,
-ternary-logic constants, masks, rounding paths, ragged ends. It does not prove what a compiler
-makes of the real intrinsics, nor that the hardware follows its documentation; test_combine.py does
-that on a machine that has the instruction set.
-"""
+"""combine, emit and the noise itself under emulation; emulated.py says what that proves."""
 
 from __future__ import annotations
 
 import ctypes
 import math
-import shutil
-import subprocess
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from emulated import (
+    FLAGS,
+    RANGES,
+    SEED,
+    STREAM,
+    all_patterns,
+    job_of,
+    kernels_of,
+    pointer,
+    rounding_patterns,
+)
 from helpers import (
     DTYPES,
     NAMES,
@@ -31,54 +32,13 @@ from test_noise import KNOWN_ANSWERS
 
 import zo_kernels as zk
 from zo_kernels.backends import reference
-from zo_kernels.backends.native import DISTRIBUTION_CODES
-
-HERE = Path(__file__).parent / "emulation"
-CSRC = Path(__file__).parents[1] / "csrc"
-COMPILER = shutil.which("g++") or shutil.which("c++")
-FLAGS = {
-    "scalar": ["-DZO_ISA_SCALAR"],
-    "avx512": ["-DZO_ISA_AVX512", f"-I{HERE / 'x86'}"],
-    "avx512bf16": ["-DZO_ISA_AVX512BF16", "-DZO_BF16_HARDWARE", f"-I{HERE / 'x86'}"],
-    "neon": ["-DZO_ISA_NEON", f"-I{HERE / 'arm'}"],
-}
-OPTIONS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", f"-I{CSRC}"]
-# What is worth inlining as instructions is not as loops: a quarter of the time to compile.
-OPTIONS.append("-DZO_INLINE=inline")
-RANGES = [
-    *((0, 1), (3, 4), (1, 64), (0, 128), (61, 61 + 391), (2**34 - 40, 2**34)),
-    *((4096 - 300, 4096 + 300), (2**61 - 77, 2**61), (2**61, 2**61 + 300)),
-]
-SEED, STREAM = 0xC0FFEE0123456789, 0xDEADBEEF
-
-if COMPILER is None:
-    pytest.skip("no C++ compiler (g++, c++)", allow_module_level=True)
+from zo_kernels.backends.native import DISTRIBUTION_CODES, DTYPE_CODES
 
 
 @pytest.fixture(scope="module", params=FLAGS)
-def kernels(request: pytest.FixtureRequest, tmp_path_factory) -> ctypes.CDLL:
+def kernels(request: pytest.FixtureRequest) -> ctypes.CDLL:
     """The kernels of one instruction set, compiled against the emulation."""
-    library = tmp_path_factory.mktemp("emulation") / f"{request.param}.so"
-    flags = [*OPTIONS, f"-DZO_ISA={request.param}", *FLAGS[request.param]]
-    command = [COMPILER, *flags, str(HERE / "driver.cpp"), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    loaded = ctypes.CDLL(str(library))
-    loaded.isa_name.restype = ctypes.c_char_p
-    assert loaded.isa_name().decode() == request.param
-    return loaded
-
-
-def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def u64(value: int) -> ctypes.c_uint64:
-    return ctypes.c_uint64(value)
-
-
-def u32(value: int) -> ctypes.c_uint32:
-    return ctypes.c_uint32(value)
+    return kernels_of(request.param)
 
 
 class Job(NamedTuple):
@@ -94,24 +54,16 @@ class Job(NamedTuple):
 
 def run_combine(kernels, src, dst, job, changes=None) -> None:
     """One job, as csrc/parallel.cpp would hand it over."""
-    count = len(job.directions)
     kernels.combine_job(
+        job_of(
+            job.begin, src.numel(), job.directions, job.scales,
+            src_scale=job.src_scale, src=src, dst=dst, changes=changes,
+        ),
         DISTRIBUTION_CODES[job.distribution],
-        DTYPES.index(src.dtype),
-        DTYPES.index(dst.dtype),
+        DTYPE_CODES[src.dtype],
+        DTYPE_CODES[dst.dtype],
         int(job.stochastic),
-        pointer(src),
-        pointer(dst),
-        u64(job.begin),
-        u64(job.begin + src.numel()),
-        u64(SEED),
-        u32(STREAM),
-        count,
-        (ctypes.c_uint32 * count)(*job.directions),
-        (ctypes.c_float * count)(*job.scales),
-        ctypes.c_float(job.src_scale),
-        None if changes is None else pointer(changes),
-    )
+    )  # fmt: skip
 
 
 def expect_combine(src, dtype, job, changes=None) -> torch.Tensor:
@@ -146,9 +98,7 @@ def test_words_normals_and_signs(kernels, begin, end):
     }
     for code, values in expected.items():
         buffer, out = bordered(torch.zeros(end - begin))
-        kernels.emit_job(
-            code, pointer(out), u64(begin), u64(end), u64(SEED), u32(STREAM), u32(2**31)
-        )
+        kernels.emit_job(job_of(begin, end - begin, [2**31], dst=out), code)
         if code < 0:
             assert torch.equal(out.view(torch.int32).long() & 0xFFFFFFFF, values)
         else:
@@ -161,7 +111,8 @@ def test_known_answers_of_random123(kernels, counter, key, words):
     """The published vectors, whose blocks lie beyond any element index, on the inner function."""
     out = (ctypes.c_uint32 * 4)()
     block, seed = counter[0] | counter[1] << 32, key[0] | key[1] << 32
-    kernels.philox_block(u64(block), u64(seed), u32(counter[2]), u32(counter[3]), out)
+    stream, direction = (ctypes.c_uint32(word) for word in counter[2:])
+    kernels.philox_block(ctypes.c_uint64(block), ctypes.c_uint64(seed), stream, direction, out)
     assert tuple(out) == words
 
 
@@ -245,15 +196,7 @@ def test_subnormal_results(kernels, dtype, stochastic):
 
 def test_every_rounding_of_half_and_bfloat16(kernels):
     """fp32 to 16 bits for ties and their neighbours at every exponent; all 16-bit patterns."""
-    exponents = torch.arange(256, dtype=torch.int64)[:, None] << 23
-    mantissas = [
-        kept << shift | low
-        for shift in (13, 16)
-        for kept in (0, 1, 2, (1 << (23 - shift)) - 1)
-        for low in (0, 1, (1 << (shift - 1)) - 1, 1 << (shift - 1), (1 << (shift - 1)) + 1)
-    ]
-    patterns = (exponents | torch.tensor(mantissas)).flatten()
-    patterns = torch.cat([patterns, patterns | 1 << 31])
+    patterns = rounding_patterns()
     source = torch.where(patterns >> 31 == 1, patterns - (1 << 32), patterns)
     source = source.int().view(torch.float32)
     job = Job(0, [0], [0.0], 1.0, False)
@@ -265,7 +208,7 @@ def test_every_rounding_of_half_and_bfloat16(kernels):
         nonzero = source != 0
         assert_same_bits(out[nonzero], expected[nonzero], dtype)
         assert (out[~nonzero] == 0).all()
-        everything = torch.arange(-(2**15), 2**15).short().view(dtype)
+        everything = all_patterns(dtype)
         out = torch.empty(2**16)
         run_combine(kernels, everything, out, job)
         nonzero = everything != 0
@@ -286,7 +229,7 @@ def test_all_radii(kernels):
         a, b = words.int(), torch.full((1 << 15,), 0x40000000, dtype=torch.int32)
         radius, sine = torch.empty(1 << 15), torch.empty(1 << 15)
         kernels.box_muller_pairs(
-            pointer(a), pointer(b), pointer(radius), pointer(sine), u64(1 << 15)
+            pointer(a), pointer(b), pointer(radius), pointer(sine), ctypes.c_uint64(1 << 15)
         )
         z0, z1 = reference.box_muller(words, b.long())
         assert_same_bits(radius, z0)
@@ -295,7 +238,9 @@ def test_all_radii(kernels):
     a = torch.arange(count).mul_(256).int()  # as bit patterns: the cast keeps the low 32 bits
     b = torch.full_like(a, 0x40000000)
     radius, sine = torch.empty(count), torch.empty(count)
-    kernels.box_muller_pairs(pointer(a), pointer(b), pointer(radius), pointer(sine), u64(count))
+    kernels.box_muller_pairs(
+        pointer(a), pointer(b), pointer(radius), pointer(sine), ctypes.c_uint64(count)
+    )
     assert torch.isfinite(radius).all() and torch.isfinite(sine).all()
     assert (radius >= 0).all() and (radius == 0).nonzero().tolist() == [[count - 1]]
     assert (bits(radius).diff() <= 3).all()

@@ -1,30 +1,50 @@
-// One instruction set's kernels behind a C interface, for test_emulated_isas.py. Includes the
-// translation unit itself, so that Philox and Box-Muller can be called on chosen words too.
+// One instruction set's kernels behind a C interface, for emulated.py. Includes the translation
+// unit itself, so that Philox and Box-Muller can be called on chosen words too.
+#include "exceptions.cpp"
 #include "isa.cpp"
 
+using zo::Exceptions;
 using zo::Job;
 
-static const zo::Kernels& table() { return zo::ZO_JOIN(kernels_, ZO_ISA); }
+static const zo::Distribution& kernels_of(int distribution) {
+  return zo::ZO_JOIN(kernels_, ZO_ISA).of[distribution];
+}
 
 extern "C" {
 
-const char* isa_name() { return table().isa; }
+const char* isa_name() { return zo::ZO_JOIN(kernels_, ZO_ISA).isa; }
+uint64_t job_size() { return sizeof(Job); }
 
-void combine_job(int distribution, int src_dtype, int dst_dtype, int stochastic, const void* src,
-                 void* dst, uint64_t begin, uint64_t end, uint64_t seed, uint32_t stream,
-                 int directions, const uint32_t* direction, const float* scale, float src_scale,
-                 double* changes) {
-  const Job job = {src,        dst,       begin, end,       seed,   stream,
-                   directions, direction, scale, src_scale, changes};
-  table().of[distribution].combine[src_dtype].at[dst_dtype][stochastic](job);
+void combine_job(const Job* job, int distribution, int src_dtype, int dst_dtype, int stochastic) {
+  kernels_of(distribution).combine[src_dtype].at[dst_dtype][stochastic](*job);
+}
+
+void pair_job(const Job* job, int distribution, int dtype) {
+  kernels_of(distribution).pair[dtype](*job);
+}
+
+void advance_job(const Job* job, int distribution, int dtype, int rounding) {
+  kernels_of(distribution).advance[dtype][rounding](*job);
+}
+
+void swap_job(const Job* job, int distribution, int dtype, int what) {
+  kernels_of(distribution).swap[dtype][what](*job);
 }
 
 // distribution: -1 for words.
-void emit_job(int distribution, void* dst, uint64_t begin, uint64_t end, uint64_t seed,
-              uint32_t stream, uint32_t direction) {
-  const Job job = {nullptr, dst, begin, end, seed, stream, 1, &direction, nullptr, 1.0f, nullptr};
-  (distribution < 0 ? table().random_words : table().of[distribution].emit)(job);
+void emit_job(const Job* job, int distribution) {
+  if (distribution < 0)
+    random_words(*job);
+  else
+    kernels_of(distribution).emit(*job);
 }
+
+Exceptions* exceptions_new() { return new Exceptions; }
+void exceptions_delete(Exceptions* kept) { delete kept; }
+uint64_t exceptions_bytes(const Exceptions* kept) { return kept->bytes(); }
+int exceptions_are_a_copy(const Exceptions* kept) { return kept->is_copy(); }
+// All of it: strays, escapes and codes, or the copy.
+const void* exceptions_data(const Exceptions* kept) { return kept->copy(); }
 
 // The words of one block, any 64-bit block number.
 void philox_block(uint64_t block, uint64_t seed, uint32_t stream, uint32_t direction,
@@ -44,10 +64,7 @@ void philox_block(uint64_t block, uint64_t seed, uint32_t stream, uint32_t direc
 void box_muller_pairs(const uint32_t* a, const uint32_t* b, float* cosine, float* sine,
                       uint64_t count) {
   for (uint64_t i = 0; i < count; i += W) {
-    float fa[W], fb[W];
-    std::memcpy(fa, a + i, sizeof(fa));
-    std::memcpy(fb, b + i, sizeof(fb));
-    const VI x = bits(load_f32(fa)), y = bits(load_f32(fb));
+    const VI x = load_u32(a + i), y = load_u32(b + i);
     VF c, s;
     box_muller<1>(&x, &y, &c, &s);
     store_f32(cosine + i, c);

@@ -69,10 +69,37 @@ inline uint32x4_t veorq_u32(uint32x4_t a, uint32x4_t b) {
   ZO_LANES a.v[i] ^= b.v[i];
   return a;
 }
-inline uint32x4_t vshlq_n_u32(uint32x4_t a, int n) {
-  ZO_LANES a.v[i] <<= n;
+// Shifts by a number that the instruction holds: to the left from 0 on, to the right from 1 on.
+namespace emulation {
+template <int N>
+inline uint32x4_t shift_left(uint32x4_t a) {
+  static_assert(N >= 0 && N < 32, "vshlq_n_u32: a shift by 0 to 31");
+  ZO_LANES a.v[i] <<= N;
   return a;
 }
+template <int N>
+inline uint32x4_t shift_right(uint32x4_t a) {
+  static_assert(N > 0 && N <= 32, "vshrq_n_u32: a shift by 1 to 32");
+  ZO_LANES a.v[i] = N == 32 ? 0 : a.v[i] >> N % 32;
+  return a;
+}
+template <int N>
+inline int32x4_t shift_right_signed(int32x4_t a) {
+  static_assert(N > 0 && N <= 32, "vshrq_n_s32: a shift by 1 to 32");
+  ZO_LANES a.v[i] = static_cast<int32_t>(static_cast<int64_t>(a.v[i]) >> N);
+  return a;
+}
+template <int N>
+inline uint64x2_t shift_right(uint64x2_t a) {
+  static_assert(N > 0 && N < 64, "vshrq_n_u64: a shift by 1 to 63 (and 64, not used)");
+  ZO_PAIR a.v[i] >>= N;
+  return a;
+}
+}  // namespace emulation
+#define vshlq_n_u32(a, n) emulation::shift_left<n>(a)
+#define vshrq_n_u32(a, n) emulation::shift_right<n>(a)
+#define vshrq_n_s32(a, n) emulation::shift_right_signed<n>(a)
+#define vshrq_n_u64(a, n) emulation::shift_right<n>(a)
 // To the left by the low byte of n, signed; to the right where that is negative.
 inline uint32x4_t vshlq_u32(uint32x4_t a, int32x4_t n) {
   ZO_LANES {
@@ -84,16 +111,22 @@ inline uint32x4_t vshlq_u32(uint32x4_t a, int32x4_t n) {
   }
   return a;
 }
-inline uint32x4_t vshrq_n_u32(uint32x4_t a, int n) {
-  ZO_LANES a.v[i] >>= n;
+inline uint32x4_t vmaxq_u32(uint32x4_t a, uint32x4_t b) {
+  ZO_LANES if (b.v[i] > a.v[i]) a.v[i] = b.v[i];
   return a;
 }
+inline uint32x4_t vminq_u32(uint32x4_t a, uint32x4_t b) {
+  ZO_LANES if (b.v[i] < a.v[i]) a.v[i] = b.v[i];
+  return a;
+}
+inline uint32_t vaddvq_u32(uint32x4_t a) { return a.v[0] + a.v[1] + a.v[2] + a.v[3]; }
 inline float32x4_t vcvtq_f32_s32(int32x4_t a) {
   float32x4_t r;
   ZO_LANES r.v[i] = static_cast<float>(a.v[i]);
   return r;
 }
 inline int32x4_t vreinterpretq_s32_u32(uint32x4_t a) { return emulation::cast<int32x4_t>(a); }
+inline uint32x4_t vreinterpretq_u32_s32(int32x4_t a) { return emulation::cast<uint32x4_t>(a); }
 inline uint32x4_t vreinterpretq_u32_f32(float32x4_t a) { return emulation::cast<uint32x4_t>(a); }
 inline float32x4_t vreinterpretq_f32_u32(uint32x4_t a) { return emulation::cast<float32x4_t>(a); }
 inline float64x2_t vreinterpretq_f64_f32(float32x4_t a) { return emulation::cast<float64x2_t>(a); }
@@ -111,6 +144,16 @@ inline uint32x4_t vcltq_u32(uint32x4_t a, uint32x4_t b) {
   ZO_LANES r.v[i] = a.v[i] < b.v[i] ? ~0u : 0;
   return r;
 }
+inline uint32x4_t vcltq_s32(int32x4_t a, int32x4_t b) {
+  uint32x4_t r;
+  ZO_LANES r.v[i] = a.v[i] < b.v[i] ? ~0u : 0;
+  return r;
+}
+inline uint32x4_t vceqq_u32(uint32x4_t a, uint32x4_t b) {
+  uint32x4_t r;
+  ZO_LANES r.v[i] = a.v[i] == b.v[i] ? ~0u : 0;
+  return r;
+}
 inline uint32x4_t vbslq_u32(uint32x4_t mask, uint32x4_t yes, uint32x4_t no) {
   ZO_LANES mask.v[i] = (mask.v[i] & yes.v[i]) | (~mask.v[i] & no.v[i]);
   return mask;
@@ -122,10 +165,6 @@ inline uint64x2_t vorrq_u64(uint64x2_t a, uint64x2_t b) {
 }
 inline uint64x2_t veorq_u64(uint64x2_t a, uint64x2_t b) {
   ZO_PAIR a.v[i] ^= b.v[i];
-  return a;
-}
-inline uint64x2_t vshrq_n_u64(uint64x2_t a, int n) {
-  ZO_PAIR a.v[i] >>= n;
   return a;
 }
 inline uint64x2_t vld1q_u64(const uint64_t* p) { return {{p[0], p[1]}}; }
@@ -150,6 +189,7 @@ inline float32x4_t vtrn2q_f32(float32x4_t a, float32x4_t b) {
 }
 
 inline float32x4_t vld1q_f32(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
+inline int32x4_t vld1q_s32(const int32_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
 inline uint32x4_t vld1q_u32(const uint32_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
 inline void vst1q_f32(float* p, float32x4_t a) { std::memcpy(p, &a, sizeof(a)); }
 inline void vst1q_u32(uint32_t* p, uint32x4_t a) { std::memcpy(p, &a, sizeof(a)); }

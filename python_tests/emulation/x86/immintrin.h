@@ -7,6 +7,9 @@
 #include <cstring>
 #include <limits>
 
+struct __m128i {
+  uint8_t b[16];
+};
 struct __m256i {
   uint16_t h[16];
 };
@@ -144,6 +147,13 @@ inline __m512i _mm512_srli_epi32(__m512i a, unsigned n) {
   ZO_LANES a.d[i] = n > 31 ? 0 : a.d[i] >> n;
   return a;
 }
+inline __m512i _mm512_srai_epi32(__m512i a, unsigned n) {  // the sign from 31 on
+  ZO_LANES {
+    const uint32_t sign = a.d[i] >> 31 ? ~0u : 0;
+    a.d[i] = n > 31 ? sign : a.d[i] >> n | (n ? sign << (32 - n) : 0);
+  }
+  return a;
+}
 inline __m512i _mm512_srli_epi64(__m512i a, unsigned n) {
   ZO_WIDE_LANES emulation::set_wide(a, i, n > 63 ? 0 : emulation::wide(a, i) >> n);
   return a;
@@ -154,6 +164,14 @@ inline __m512i _mm512_mul_epu32(__m512i a, __m512i b) {
 }
 inline __m512i _mm512_xor_si512(__m512i a, __m512i b) {
   ZO_LANES a.d[i] ^= b.d[i];
+  return a;
+}
+inline __m512i _mm512_max_epu32(__m512i a, __m512i b) {
+  ZO_LANES if (b.d[i] > a.d[i]) a.d[i] = b.d[i];
+  return a;
+}
+inline __m512i _mm512_min_epu32(__m512i a, __m512i b) {
+  ZO_LANES if (b.d[i] < a.d[i]) a.d[i] = b.d[i];
   return a;
 }
 inline __m512 _mm512_cvtepi32_ps(__m512i a) {
@@ -191,6 +209,34 @@ inline __mmask16 _mm512_cmplt_epi32_mask(__m512i a, __m512i b) {
   __mmask16 k = 0;
   ZO_LANES if (static_cast<int32_t>(a.d[i]) < static_cast<int32_t>(b.d[i])) k |= 1 << i;
   return k;
+}
+inline __mmask16 _mm512_cmpeq_epi32_mask(__m512i a, __m512i b) {
+  __mmask16 k = 0;
+  ZO_LANES if (a.d[i] == b.d[i]) k |= 1 << i;
+  return k;
+}
+inline __m512i _mm512_movm_epi32(__mmask16 k) {
+  __m512i r;
+  ZO_LANES r.d[i] = k >> i & 1 ? ~0u : 0;
+  return r;
+}
+inline __mmask16 _mm512_movepi32_mask(__m512i a) {
+  __mmask16 k = 0;
+  ZO_LANES if (a.d[i] >> 31) k |= 1 << i;
+  return k;
+}
+// The lanes of the mask move to the front, zeros follow; and back.
+inline __m512i _mm512_maskz_compress_epi32(__mmask16 k, __m512i a) {
+  __m512i r = {};
+  int m = 0;
+  ZO_LANES if (k >> i & 1) r.d[m++] = a.d[i];
+  return r;
+}
+inline __m512i _mm512_maskz_expand_epi32(__mmask16 k, __m512i a) {
+  __m512i r = {};
+  int m = 0;
+  ZO_LANES if (k >> i & 1) r.d[i] = a.d[m++];
+  return r;
 }
 inline __mmask16 _mm512_test_epi32_mask(__m512i a, __m512i b) {
   __mmask16 k = 0;
@@ -230,6 +276,29 @@ inline __m512 _mm512_loadu_ps(const void* p) {
 }
 inline void _mm512_storeu_ps(void* p, __m512 a) { std::memcpy(p, &a, sizeof(a)); }
 inline void _mm512_storeu_si512(void* p, __m512i a) { std::memcpy(p, &a, sizeof(a)); }
+inline __m512i _mm512_loadu_si512(const void* p) {
+  __m512i r;
+  std::memcpy(&r, p, sizeof(r));
+  return r;
+}
+inline __m128i _mm_loadu_si128(const __m128i* p) {
+  __m128i r;
+  std::memcpy(&r, static_cast<const void*>(p), sizeof(r));
+  return r;
+}
+inline void _mm_storeu_si128(__m128i* p, __m128i a) {
+  std::memcpy(static_cast<void*>(p), &a, sizeof(a));
+}
+inline __m512i _mm512_cvtepu8_epi32(__m128i a) {
+  __m512i r;
+  ZO_LANES r.d[i] = a.b[i];
+  return r;
+}
+inline __m128i _mm512_cvtepi32_epi8(__m512i a) {  // the low bytes, no saturation
+  __m128i r;
+  ZO_LANES r.b[i] = static_cast<uint8_t>(a.d[i]);
+  return r;
+}
 inline __m256i _mm256_loadu_si256(const __m256i* p) {
   __m256i r;
   std::memcpy(&r, static_cast<const void*>(p), sizeof(r));
