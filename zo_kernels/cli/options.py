@@ -79,5 +79,5 @@ def examples_of(options: argparse.Namespace, split: str) -> list[Any]:
     """The examples of one split, or "all"."""
     from zo_kernels import chat
 
-    examples = chat.readexamples_of(options.data) if options.data else chat.builtinexamples_of()
+    examples = chat.read_examples(options.data) if options.data else chat.builtin_examples()
     return examples if split == "all" else chat.select(examples, split=split)
