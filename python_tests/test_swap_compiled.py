@@ -117,7 +117,9 @@ def test_there_and_back(route, backwards):
         room.swap_(views, store, minus, None, **call, **{**KEPT, "keep": False})
         check(borders, source, "w")
     names = [name.split()[0] + " count" * ("count" in name) for name in route.launches]
-    assert names == ["hold count", "hold", "swap", "release", "hold", "swap", "release"]
+    # The second pass finds that the smallest are better copied, and makes them w first.
+    first = ["hold count", "hold", "release", "swap", "release"]
+    assert names == [*first, "hold", "swap", "release"]
 
 
 def test_signs_in_float32(route):
