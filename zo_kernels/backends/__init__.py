@@ -5,6 +5,11 @@ Triton's interpreter) each offer, with one signature and the same bits:
 
     combine_(dst, src, scales, *, seed, directions, streams, offsets, src_scale, stochastic,
              distribution, changes)
+    pair_(plus, minus, src, scales, *, seed, direction, streams, offsets, distribution)
+    advance_(tensors, residuals, scales, *, seed, directions, lengths, src_scales, streams,
+             offsets, stochastic, distribution, changes)
+    swap_(tensors, store, held_scales, scales, *, keep, seed, direction, streams, offsets,
+          src_scale, stochastic, distribution, changes) -> store
     normal(count, *, seed, direction, stream, offset, device)
     rademacher(count, *, seed, direction, stream, offset, device)
     random_words(count, *, seed, direction, stream, offset, device)
@@ -13,5 +18,5 @@ and all but ``native``, which has no kernel for it yet:
 
     fake_quant(out, tensor, scheme, *, group, symmetric)
 
-Arguments are checked in zo_kernels/ops.py and zo_kernels/quantize.py, not here.
+Arguments are checked in zo_kernels/ops and zo_kernels/quantize.py, not here.
 """
