@@ -1,5 +1,5 @@
 // The only file that knows Python. Addresses, lengths and scalars come in, checked by
-// zo_kernels/ops.py; torch is not needed to build or load this module.
+// zo_kernels/ops; torch is not needed to build or load this module.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -122,7 +122,7 @@ def test_evaluate(files, tmp_path, capsys):
 
 def small_demo(files, out, monkeypatch):
     """The demo with a budget of seconds; the built-in text suits no tiny tokenizer."""
-    monkeypatch.setattr(demo_module, "MIN_SECONDS", 0.2)
+    monkeypatch.setattr(demo_module, "MIN_SECONDS", 0.6)
     return ["demo", "--model", files / "base", "--data", files / "data.jsonl", "--out", out,
             "--minutes", 0.01]  # fmt: skip
 
@@ -152,6 +152,9 @@ def test_demo_and_its_resumption(files, tmp_path, monkeypatch, capsys):
         for arm in ("aligned", "more_fo", "refined")
     }
     assert len(set(prints.values())) == 3
+    log = out / "refined.zolog"
+    verified = ["log", "verify", log, "--base", out / "aligned", "--model", out / "refined"]
+    assert run(*verified) == 0
     refined = prints["refined"]
 
     # Killed in the middle of the last evaluation: what is finished is kept, the rest done again.

@@ -153,6 +153,8 @@ def test_the_logged_parameters_stay_the_same(tmp_path):
     optimizer.start_log(tmp_path / "log")
     with pytest.raises(RuntimeError, match="add_param_group: expected it before the log was begun"):
         optimizer.add_param_group({"params": [("x", torch.nn.Parameter(torch.zeros(3)))]})
+    with pytest.raises(RuntimeError, match="load_state_dict: expected no log, got one"):
+        optimizer.load_state_dict(optimizer.state_dict())
     model.model.norm.weight.requires_grad_(False)
     before = bits(model)
     with pytest.raises(ValueError, match=r"got 1 that changed, such as 'model\.norm\.weight'"):

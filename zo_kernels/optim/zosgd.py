@@ -193,10 +193,15 @@ class ZOSGD(Logged, torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue another optimizer's run: its seed, step count, groups and measured scales.
 
+        Load the model's weights first: masters and residuals belong to them.
+
         Raises:
             ValueError: if the state is not ZOSGD's, needs another NOISE_SPEC, mode or
-                distribution, or is of parameters with other names.
+                distribution, or is of other parameters; the optimizer is as before then.
+            RuntimeError: if a log was begun, which such a run does not continue.
         """
+        if self.log is not None:
+            raise RuntimeError("load_state_dict: expected no log, got one that was begun")
         zo = state_dict.get("zo")
         if zo is None:
             raise ValueError("load_state_dict: expected a ZOSGD state with key 'zo', got none")
@@ -208,13 +213,18 @@ class ZOSGD(Logged, torch.optim.Optimizer):
         ):
             if zo.get(key) != expected:
                 raise ValueError(f"load_state_dict: expected {key} {expected}, got {zo.get(key)}")
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
         slots = [
             Slot(name, tensor, self._streams[name])
             for group in self.param_groups
             for name, tensor in zip(group["param_names"], group["params"], strict=True)
         ]
+        before = self.mode.state()
         self.mode.load_state(zo.get("held", {}), slots)
+        try:
+            super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
+        except BaseException:
+            self.mode.load_state(before, slots)
+            raise
         self.seed = self.mode.seed = zo["seed"]
         self.queries, self.steps = zo["queries"], zo["steps"]
 

@@ -173,12 +173,19 @@ class Demo:
         if not self._path(REFINED).exists():
             self.say(f"refining: zeroth-order steps for {seconds:.0f} s")
             model, tokenizer = checkpoint.load(self._path(ALIGNED))
-            refiner = ZORefiner(model, tokenizer, replace(self.config.refine, seconds=seconds))
+            config = replace(self.config.refine, seconds=seconds)
+            refiner = ZORefiner(model, tokenizer, config)
+            replay_log = self.directory / f"{REFINED}.zolog" if config.mode != "mezo" else None
+            if replay_log is not None:
+                replay_log.unlink(missing_ok=True)  # of a refinement that was cut off
             with MetricsLog(self._log(REFINED), fresh=True) as log:
                 with progress_bar(REFINED) as progress:
                     encoded = self._encode(tokenizer)
-                    refiner.run(encoded, on_step=log.write, progress=progress)
+                    refiner.run(encoded, log=replay_log, on_step=log.write, progress=progress)
             checkpoint.save(model, tokenizer, self._path(REFINED))
+            if replay_log is not None:
+                size = replay_log.stat().st_size
+                self.say(f"replay log: {replay_log}, {size} bytes; zo-kernels replay --help")
         return read_records(self._log(REFINED))[-1]["seconds"]
 
     def _more_first_order(self, seconds: float) -> None:
