@@ -17,6 +17,7 @@ _tables: list[tuple[str, dict[str, float], dict[str, float]]] = []
 def pytest_addoption(parser) -> None:
     """How often each case runs."""
     parser.addoption("--rounds", type=int, default=None, help="interleaved rounds of each table")
+    parser.addoption("--modes", nargs="+", default=None, help="modes of ZOSGD (default: all)")
 
 
 @pytest.fixture
