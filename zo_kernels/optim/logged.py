@@ -101,16 +101,15 @@ class Logged:
         if self.steps:
             raise ValueError(f"resume_log: expected no step before it, got {self.steps}")
         log = read_log(path)
-        units = {parameter.name: parameter.unit for parameter in log.header.parameters()}
-        for options in self.param_groups:
-            for name, tensor in zip(options["param_names"], options["params"], strict=True):
-                if options["relative_eps"] and name in units:
-                    self.state[tensor]["std"] = units[name]
         groups = self._groups()
         slots = [slot for group in groups for slot in group.slots]
         tensors = {slot.name: slot.tensor for slot in slots}
-        self._header(groups).check_continues(log.header)
+        self._header(groups, units=False).check_continues(log.header)
         check_base(tensors, log.header)
+        for group, logged in zip(groups, log.header.groups, strict=True):
+            if group.options["relative_eps"]:  # measured again they may differ, elsewhere
+                for slot, parameter in zip(group.slots, logged, strict=True):
+                    self.state[slot.tensor]["std"] = parameter.unit
         # ||theta|| decides about learning rates with update_norm: measure it where the run did.
         measured = len(log.steps) // NORM_PERIOD * NORM_PERIOD
         options = {"backend": self.mode.backend, "progress": progress}
@@ -126,7 +125,12 @@ class Logged:
         return self.steps
 
     def _header(
-        self, groups: Sequence[Group], *, base: str | None = None, user: Any = None
+        self,
+        groups: Sequence[Group],
+        *,
+        base: str | None = None,
+        user: Any = None,
+        units: bool = True,
     ) -> Header:
         return Header(
             seed=self.seed,
@@ -135,7 +139,7 @@ class Logged:
             distribution=self.mode.distribution,
             groups=tuple(
                 tuple(
-                    Parameter.of(slot.name, slot.tensor, slot.stream, unit)
+                    Parameter.of(slot.name, slot.tensor, slot.stream, unit if units else None)
                     for slot, unit in zip(group.slots, group.units, strict=True)
                 )
                 for group in groups
