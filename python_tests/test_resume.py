@@ -130,6 +130,10 @@ def test_logs_of_other_runs_are_refused(tmp_path):
         ({"mode": "master", "dtype": torch.bfloat16}, "mode: expected 'master', got 'streamed'"),
         ({"mode": "streamed", "dtype": torch.float32}, "dtype: expected 'float32', got 'bfloat16'"),
         ({"mode": "streamed", "dtype": torch.bfloat16, "queries": 2}, "queries: expected 2, got 1"),
+        (
+            {"mode": "streamed", "dtype": torch.bfloat16, "relative_eps": True},
+            "relative_eps: expected False as in",
+        ),
     ]
     for options, message in cases:
         model, fresh, _ = make(**options)
@@ -146,6 +150,12 @@ def test_logs_of_other_runs_are_refused(tmp_path):
     with pytest.raises(ValueError, match="mode 'mezo' cannot be replayed: its evaluations round"):
         mezo.start_log(tmp_path / "mezo")
     assert not (tmp_path / "mezo").exists()
+    _, relative, closure = make("streamed", torch.bfloat16, relative_eps=True)
+    relative.start_log(tmp_path / "relative")
+    relative.step(closure)
+    _, absolute, _ = make("streamed", torch.bfloat16)
+    with pytest.raises(ValueError, match=r"embed_tokens.weight'.unit: expected 1.0, got 0\.0"):
+        absolute.resume_log(tmp_path / "relative")
 
 
 def test_the_logged_parameters_stay_the_same(tmp_path):

@@ -104,8 +104,11 @@ class Logged:
         groups = self._groups()
         slots = [slot for group in groups for slot in group.slots]
         tensors = {slot.name: slot.tensor for slot in slots}
-        self._header(groups, units=False).check_continues(log.header)
+        self._header(groups, measured=False).check_continues(log.header)
         check_base(tensors, log.header)
+        for group, logged in zip(groups, log.header.groups, strict=True):
+            if group.options["relative_eps"] and all(p.unit == 1.0 for p in logged):
+                raise ValueError(f"relative_eps: expected False as in {path}, got True")
         for group, logged in zip(groups, log.header.groups, strict=True):
             if group.options["relative_eps"]:  # measured again they may differ, elsewhere
                 for slot, parameter in zip(group.slots, logged, strict=True):
@@ -130,7 +133,7 @@ class Logged:
         *,
         base: str | None = None,
         user: Any = None,
-        units: bool = True,
+        measured: bool = True,
     ) -> Header:
         return Header(
             seed=self.seed,
@@ -139,7 +142,12 @@ class Logged:
             distribution=self.mode.distribution,
             groups=tuple(
                 tuple(
-                    Parameter.of(slot.name, slot.tensor, slot.stream, unit if units else None)
+                    Parameter.of(
+                        slot.name,
+                        slot.tensor,
+                        slot.stream,
+                        None if group.options["relative_eps"] and not measured else unit,
+                    )
                     for slot, unit in zip(group.slots, group.units, strict=True)
                 )
                 for group in groups
