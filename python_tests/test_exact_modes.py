@@ -286,3 +286,16 @@ def test_interrupts_wait_for_the_end_of_a_pass():
             signal.raise_signal(signal.SIGINT)
             done.append("the rest of the block")
     assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("mode", ["inplace", "snapshot", "master"])
+def test_compiled_models_see_the_perturbed_weights(mode):
+    """Where they are in place; streamed refuses such a model, whose functions it does not see."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(4, 8)
+    losses = []
+    for name, called in (("streamed", model), (mode, compiled)):
+        optimizer = zk.ZOSGD(model.named_parameters(), lr=0.0, eps=0.1, mode=name)
+        optimizer.step(lambda called=called: called(x).square().mean())
+        losses.append(optimizer.last_step.losses_plus + optimizer.last_step.losses_minus)
+    assert losses[0] == losses[1]
