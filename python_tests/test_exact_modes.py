@@ -265,6 +265,26 @@ def test_dual_computes_under_the_callers_autocast():
     assert losses["dual"] == losses["streamed"]
 
 
+def test_an_interrupt_ends_both_sides_of_dual():
+    """Ctrl-C while the main thread only waits for the other side."""
+    model = tiny_model("llama")
+    before = bits(model)
+    optimizer = zk.ZOSGD(model.named_parameters(), lr=1.0, eps=1e-2, mode="dual")
+    loss, calls = closure_of(model), []
+
+    def closure():
+        result = loss()
+        if threading.current_thread() is not threading.main_thread():
+            signal.raise_signal(signal.SIGINT)  # its handler runs in the main thread
+            loss()
+        calls.append(0)
+        return result
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert threading.active_count() == 1 and same_bits(model, before) and optimizer.steps == 0
+
+
 def test_inplace_weights_stay_where_they_are():
     model = tiny_model("llama", torch.bfloat16)
     addresses = [p.data_ptr() for p in model.parameters()]

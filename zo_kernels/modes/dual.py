@@ -63,6 +63,8 @@ class DualWeights(StreamedWeights):
         keys = [(part.slot.stream, part.offset, part.source.shape) for part in parts]
         if self._own.prepared is None and self._other.prepared is not None:
             self._wait()
+        if self._other.error is not None:
+            raise Cancelled
         ready, self._own.prepared = self._own.prepared, None
         if ready is not None and ready[0] == keys:
             return ready[1]
@@ -91,8 +93,6 @@ class DualWeights(StreamedWeights):
         if not self._other.done:
             self._other.turn.release()
             self._own.turn.acquire()
-        if self._other.error is not None:
-            raise Cancelled
 
 
 class DualMode(StreamedMode):
@@ -158,7 +158,11 @@ class DualMode(StreamedMode):
             plus.error = error
         plus.done = True
         minus.turn.release()
-        thread.join()
+        while thread.is_alive():
+            try:
+                thread.join()
+            except KeyboardInterrupt as error:  # the other side must end before the caller goes on
+                plus.error = error
         for error in (plus.error, minus.error):
             if error is not None and not isinstance(error, Cancelled):
                 raise error
