@@ -24,7 +24,7 @@ from compile_kernels import FAKE_QUANT
 from compiled_route import Route, compile_set
 
 from zo_kernels.backends import triton as room
-from zo_kernels.backends.triton import quantize
+from zo_kernels.backends.triton import launch, quantize
 
 # One of each kernel and kind of format; the accesses of src and out in each.
 WIDE = [
@@ -94,7 +94,7 @@ def test_bits_of_the_compiled_code(compiled, monkeypatch, name):
     """Into other memory and in place, in both orders of the threads."""
     for kernel in ("groups_kernel", "streamed_kernel", "spread_kernel"):
         monkeypatch.setattr(quantize, kernel, Route(getattr(quantize, kernel), compiled))
-    monkeypatch.setattr(room, "interpreting", lambda: False)
+    monkeypatch.setattr(launch, "interpreting", lambda: False)
     route = getattr(quantize, compiled[name].kernel)
     _, short, scheme, *words = name.split()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[short]
