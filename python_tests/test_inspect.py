@@ -47,6 +47,7 @@ COMPILED = {
     "sm_90": [
         "combine bf16", "combine fp32", "combine bf16 directions", "combine bf16 rademacher",
         "pair bf16", "advance bf16", "advance bf16 residuals", "hold bf16", "swap bf16",
+        "release bf16",
     ],
     "sm_100": ["combine bf16"],
     "gfx942": ["combine fp32"],
@@ -73,7 +74,7 @@ def test_compiled_code(reports, target, name):
     report = reports[target, name]
     residuals = name.endswith("residuals")
     assert report.region == "loop"
-    held = name.split()[0] in ("hold", "swap")  # bytes of their own beside the weights
+    held = name.split()[0] in ("hold", "swap", "release")  # bytes of their own beside the weights
     assert (set(report.loads) | set(report.stores)) - ({1} if held else set()) == (
         {8, 16} if residuals else {16}
     )
@@ -82,7 +83,7 @@ def test_compiled_code(reports, target, name):
     assert report.approximate == {} and report.contracted == 0 and report.unknown == {}
     assert report.instructions == pytest.approx(sum(report.pipes.values()))
     advance = name.startswith("advance")
-    inner = advance or name.endswith("directions") or name.startswith("swap")
+    inner = advance or name.endswith("directions") or name.startswith(("swap", "release"))
     assert (report.further is not None) == inner
     if target in ("sm_80", "sm_90") and not (advance or held or "rademacher" in name):
         # Of two elements: 16 fma and 7 mul in Box-Muller, and one fma per output to add.
