@@ -15,8 +15,11 @@ from zo_kernels.ops import backend_reasons
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 QUANTISING = ("reference", "triton")  # the backends that have fake_quant
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-#: Elements and offsets of tensors for Triton's interpreter, which takes a second for what others do
-#: in a millisecond: whole steps, ragged ends, and the places where a counter word changes.
+#: Elements and offsets of tensors: ragged, misaligned, over where a counter word changes.
+PLACES = [(1, 0), (7, 3), (1500, 0), (4099, 4093), (9000, 2**34 - 4097), (300, 2**35 + 1)]
+#: Streams for them.
+STREAMS = [2**32 - 1, 0, 5, 6, 7, 8]
+#: The same for Triton's interpreter, which takes a second for what others do in a millisecond.
 FEW = [(7, 3), (1100, 0), (520, 2**34 - 259), (300, 2**35 + 1)]
 _MASK = 0xFFFFFFFF
 

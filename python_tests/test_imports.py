@@ -31,6 +31,7 @@ HELPERS = {
     "checks": set(),
     "files": set(),
     "moments": {"noise", "ops"},
+    "places": set(),
     "vectors": {"ops"},
 }
 

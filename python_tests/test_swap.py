@@ -8,6 +8,8 @@ from helpers import (
     DTYPES,
     FEW,
     NAMES,
+    PLACES,
+    STREAMS,
     assert_borders_intact,
     assert_same_bits,
     bordered,
@@ -20,8 +22,6 @@ from zo_kernels.noise import DISTRIBUTIONS
 from zo_kernels.ops import Held
 
 SEED, DIRECTION = 2**63 + 99, 2**31 - 1
-PLACES = [(1, 0), (7, 3), (1500, 0), (4099, 4093), (9000, 2**34 - 4097), (300, 2**35 + 1)]
-STREAMS = [2**32 - 1, 0, 5, 6, 7, 8]
 
 
 def plain(tensors, scales, offsets, distribution, **options):

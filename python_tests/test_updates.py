@@ -8,6 +8,8 @@ from helpers import (
     DTYPES,
     FEW,
     NAMES,
+    PLACES,
+    STREAMS,
     assert_borders_intact,
     assert_same_bits,
     bordered,
@@ -21,8 +23,6 @@ from zo_kernels.noise import DISTRIBUTIONS
 from zo_kernels.ops import Update, advance_, pair_
 
 SEED = 2**63 + 12345
-# Ragged, misaligned, and over the places where a counter word changes.
-PLACES = [(1, 0), (7, 3), (1500, 0), (4099, 4093), (9000, 2**34 - 4097), (300, 2**35 + 1)]
 
 
 def lists(dtype, device, backend):
@@ -32,7 +32,6 @@ def lists(dtype, device, backend):
     return [b for b, _ in made], [v for _, v in made], [o for _, o in places]
 
 
-STREAMS = [2**32 - 1, 0, 5, 6, 7, 8]
 SCALES = [1e-3, -1e-3, 0.0, 2.0, 1e-2, 100.0]
 
 

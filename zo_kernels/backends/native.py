@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from zo_kernels.places import places
+
 #: combine_ takes ``scales`` and ``directions`` as lists only.
 DEVICE_SCALES = False
 
@@ -69,10 +71,8 @@ def combine_(
     changes: Tensor | None,
 ) -> None:
     """dst = round(src_scale * src + sum_k scales[.][k] z_k); see zo_kernels.ops.combine_."""
-    groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
-    for i, (d, s) in enumerate(zip(dst, src, strict=True)):
-        groups.setdefault((s.dtype, d.dtype), []).append(i)
-    for (src_dtype, dst_dtype), members in groups.items():
+    pairs = places((s.dtype, d.dtype) for d, s in zip(dst, src, strict=True))
+    for (src_dtype, dst_dtype), members in pairs.items():
         _C.combine(
             isa=isa(),
             dst=[dst[i].data_ptr() for i in members],
@@ -106,7 +106,7 @@ def pair_(
     distribution: str,
 ) -> None:
     """plus, minus = round(src +- scales[.] z); see zo_kernels.ops.pair_."""
-    for dtype, members in _by_dtype(src):
+    for dtype, members in places(tensor.dtype for tensor in src).items():
         _C.pair(
             isa=isa(),
             plus=[plus[i].data_ptr() for i in members],
@@ -140,7 +140,7 @@ def advance_(
     changes: Tensor | None,
 ) -> None:
     """Updates of ``lengths`` directions each, one after the other; see zo_kernels.ops.advance_."""
-    for dtype, members in _by_dtype(tensors):
+    for dtype, members in places(tensor.dtype for tensor in tensors).items():
         joined = residuals is not None and dtype != torch.float32
         _C.advance(
             isa=isa(),
@@ -195,7 +195,7 @@ def swap_(
         keep: whether to return what gives w back; src_scale is 1 then, rounding to nearest.
     """
     kept = Store()
-    for dtype, members in _by_dtype(tensors):
+    for dtype, members in places(tensor.dtype for tensor in tensors).items():
         kept[dtype] = _C.swap(
             isa=isa(),
             dst=[tensors[i].data_ptr() for i in members],
@@ -243,13 +243,6 @@ def random_words(
     out = torch.empty(count, dtype=torch.int32, device=device)
     _C.random_words(isa(), out.data_ptr(), count, offset, seed, direction, stream, _threads())
     return out.long() & 0xFFFFFFFF
-
-
-def _by_dtype(tensors: Sequence[Tensor]) -> list[tuple[torch.dtype, list[int]]]:
-    groups: dict[torch.dtype, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        groups.setdefault(tensor.dtype, []).append(i)
-    return list(groups.items())
 
 
 def _threads() -> int:

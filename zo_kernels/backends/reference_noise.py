@@ -74,10 +74,12 @@ def _horner(x: Tensor, coefficients: Sequence[float]) -> Tensor:
 
 
 def bits_of(x: Tensor) -> Tensor:
+    """The binary32 patterns of float32 values: int64, below 2^32."""
     return x.view(torch.int32).long() & _MASK
 
 
 def from_bits(x: Tensor) -> Tensor:
+    """The float32 values of such patterns."""
     return torch.where(x > _SIGN_BIT_CLEARED, x - (1 << 32), x).int().view(torch.float32)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ from zo_kernels.modes.streamed import (
     Scratch,
     StreamedMode,
     StreamedWeights,
-    by_device,
 )
+from zo_kernels.places import places
 
 
 class Cancelled(BaseException):
@@ -72,7 +73,7 @@ class DualWeights(StreamedWeights):
             return super()._perturbed(parts)
         shapes = [(part.source.shape, part.source) for part in parts]
         mine, theirs = self._own.scratch.allocate(shapes), self._other.scratch.allocate(shapes)
-        for device, members in by_device(parts):
+        for device, members in places(part.source.device for part in parts).items():
             with torch.no_grad():
                 self._rooms[device].pair_(
                     [mine[i] for i in members],
@@ -104,10 +105,8 @@ class DualMode(StreamedMode):
 
     name = "dual"
 
-    def __init__(
-        self, *, seed: int, backend: str | None = None, distribution: str = "normal"
-    ) -> None:
-        super().__init__(seed=seed, backend=backend, distribution=distribution)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self._other_scratch = Scratch()
 
     def evaluate_pair(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -48,10 +48,8 @@ class HeldMode(Mode):
 
     exact = True
 
-    def __init__(
-        self, *, seed: int, backend: str | None = None, distribution: str = "normal"
-    ) -> None:
-        super().__init__(seed=seed, backend=backend, distribution=distribution)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self._holder: Holder | None = None
         self._slots: list[Slot] = []
         self._direction = -1
@@ -213,10 +211,8 @@ class SnapshotMode(HeldMode):
 
     name = "snapshot"
 
-    def __init__(
-        self, *, seed: int, backend: str | None = None, distribution: str = "normal"
-    ) -> None:
-        super().__init__(seed=seed, backend=backend, distribution=distribution)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self._buffers: dict[str, Tensor] = {}
 
     def hold(self, slots: Sequence[Slot], scales: Sequence[float], direction: int) -> Holder:
@@ -239,10 +235,8 @@ class MasterMode(HeldMode):
 
     name = "master"
 
-    def __init__(
-        self, *, seed: int, backend: str | None = None, distribution: str = "normal"
-    ) -> None:
-        super().__init__(seed=seed, backend=backend, distribution=distribution)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self._masters = Companions(
             self.name,
             lambda weight: weight.to(torch.float32, copy=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +23,8 @@ class Master8Mode(StreamedMode):
 
     name = "master8"
 
-    def __init__(
-        self, *, seed: int, backend: str | None = None, distribution: str = "normal"
-    ) -> None:
-        super().__init__(seed=seed, backend=backend, distribution=distribution)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self._residuals = Companions(self.name, _no_residual, lambda residual, weight: False)
 
     def evaluate_pair(

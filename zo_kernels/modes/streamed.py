@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from zo_kernels import ops
 from zo_kernels.checks import check_tensor, expect_finite
 from zo_kernels.modes.base import Closure, Mode, Slot, loss_value
+from zo_kernels.places import places
 
 # Reads of a parameter that do not touch its values.
 _PROPERTIES = (
@@ -162,7 +163,7 @@ class StreamedWeights(TorchFunctionMode):
     def _perturbed(self, parts: Sequence[Part]) -> list[Tensor]:
         """A perturbed copy of each part, in the scratch."""
         copies = self._scratch.allocate([(part.source.shape, part.source) for part in parts])
-        for device, members in by_device(parts):
+        for device, members in places(part.source.device for part in parts).items():
             with torch.no_grad():
                 self._rooms[device].combine_(
                     [copies[i] for i in members],
@@ -210,10 +211,8 @@ class StreamedMode(Mode):
     name = "streamed"
     exact = True
 
-    def __init__(
-        self, *, seed: int, backend: str | None = None, distribution: str = "normal"
-    ) -> None:
-        super().__init__(seed=seed, backend=backend, distribution=distribution)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self._scratch = Scratch()
 
     def evaluate_pair(
@@ -247,14 +246,6 @@ class StreamedMode(Mode):
                 f"torch functions (the first is '{slots[0].name}'); is it the model whose "
                 "parameters the optimizer has, and is it called without torch.compile?"
             )
-
-
-def by_device(parts: Sequence[Part]) -> list[tuple[torch.device, list[int]]]:
-    """The places of the parts of each device."""
-    members: dict[torch.device, list[int]] = {}
-    for i, part in enumerate(parts):
-        members.setdefault(part.source.device, []).append(i)
-    return list(members.items())
 
 
 def _tensors(tree: object) -> Iterator[Tensor]:

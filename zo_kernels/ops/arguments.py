@@ -19,6 +19,7 @@ from zo_kernels.checks import (
 )
 from zo_kernels.noise import DISTRIBUTIONS
 from zo_kernels.ops.dispatch import backend_for
+from zo_kernels.places import places
 
 
 def check_lists(
@@ -60,7 +61,5 @@ def rooms_of(
     tensors: Sequence[Tensor], backend: str | None
 ) -> list[tuple[ModuleType, torch.device, list[int]]]:
     """Each device's backend and the places of its tensors; refuses before any is used."""
-    members: dict[torch.device, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        members.setdefault(tensor.device, []).append(i)
-    return [(backend_for(device, backend), device, places) for device, places in members.items()]
+    members = places(tensor.device for tensor in tensors)
+    return [(backend_for(device, backend), device, found) for device, found in members.items()]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from zo_kernels.backends.triton import launch
+from zo_kernels.places import places
 
 
 def combine_(
@@ -37,10 +37,8 @@ def combine_(
         scales = scales.expand(len(dst), -1).contiguous()
     if changes is not None:
         changes.zero_()
-    groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
-    for i, (d, s) in enumerate(zip(dst, src, strict=True)):
-        groups.setdefault((s.dtype, d.dtype), []).append(i)
-    for (src_dtype, dst_dtype), members in groups.items():
+    pairs = places((s.dtype, d.dtype) for d, s in zip(dst, src, strict=True))
+    for (src_dtype, dst_dtype), members in pairs.items():
         table, grid = launch.device_table(
             [dst[i] for i in members],
             [src[i] for i in members],

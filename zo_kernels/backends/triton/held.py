@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from zo_kernels.backends.triton import launch, swap
 from zo_kernels.backends.triton.holding import Call, Regions, launch_swap
 from zo_kernels.backends.triton.regions import RECORD, WHOLE_TILE
-from zo_kernels.backends.triton.updates import by_dtype
+from zo_kernels.places import places
 
 _ALIGNMENT = 16  # bytes; of regions
 # A decoder takes records one after the other: with more than this share a copy is faster.
@@ -67,7 +67,7 @@ def swap_(
     options = {"src_scale": src_scale, "stochastic": stochastic}
     if store is None:
         full = [i for i, tensor in enumerate(tensors) if tensor.numel()]
-        groups = by_dtype([tensors[i] for i in full]).values()
+        groups = places(tensors[i].dtype for i in full).values()
         olds = [([full[i] for i in group], None) for group in groups]
         copies = {}
     else:

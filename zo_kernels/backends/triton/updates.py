@@ -11,14 +11,7 @@ from torch import Tensor
 from zo_kernels.backends.triton import advance, launch
 from zo_kernels.backends.triton.compile import Variant
 from zo_kernels.backends.triton.tiles import LANES, STEPS
-
-
-def by_dtype(tensors: Sequence[Tensor]) -> dict[torch.dtype, list[int]]:
-    """The places of the tensors of each dtype: one launch for each."""
-    groups: dict[torch.dtype, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        groups.setdefault(tensor.dtype, []).append(i)
-    return groups
+from zo_kernels.places import places
 
 
 def pair_(
@@ -36,7 +29,7 @@ def pair_(
     """plus, minus = round(src +- scales[.] z); see zo_kernels.ops.pair_. One launch per dtype."""
     device = src[0].device
     factors, directions = launch.device_arguments([[c] for c in scales], [direction], device)
-    for dtype, members in by_dtype(src).items():
+    for dtype, members in places(tensor.dtype for tensor in src).items():
         table, grid = launch.device_table(
             [plus[i] for i in members],
             [src[i] for i in members],
@@ -100,7 +93,7 @@ def advance_(
     words, rows, factors, ends = _update_arguments(scales, directions, lengths, src_scales, device)
     if changes is not None:
         changes.zero_()
-    for dtype, members in by_dtype(tensors).items():
+    for dtype, members in places(tensor.dtype for tensor in tensors).items():
         joined = residuals is not None and dtype != torch.float32
         group = [tensors[i] for i in members]
         table, grid = launch.device_table(
