@@ -7,6 +7,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "dispatch.h"
@@ -185,6 +186,33 @@ std::shared_ptr<zo::Store> swap(
   return kept;
 }
 
+// No dst: finds the ends of the groups, into lows and highs if there are any. Returns those of all.
+std::pair<float, float> fake_quant(const std::string& isa, uint64_t dst, uint64_t src,
+                                   uint64_t groups, uint64_t group, int dtype, int format,
+                                   float top, int mantissa, int min_exponent, bool power_of_two,
+                                   uint64_t scales, uint64_t lows, uint64_t highs, int threads) {
+  check_dtype(dtype);
+  if (format < 0 || format >= zo::FORMATS) throw std::invalid_argument("unknown format code");
+  if (group == 0 || (lows == 0) != (highs == 0) || (dst != 0 && lows != 0))
+    throw std::invalid_argument("fake_quant: neither values nor ends");
+  zo::QuantJob job;
+  job.src = reinterpret_cast<const void*>(src);
+  job.dst = reinterpret_cast<void*>(dst);
+  job.groups = groups;
+  job.group = group;
+  job.top = top;
+  job.mantissa = mantissa;
+  job.min_exponent = min_exponent;
+  job.power_of_two = power_of_two;
+  job.scales = reinterpret_cast<const float*>(scales);
+  job.lows = reinterpret_cast<float*>(lows);
+  job.highs = reinterpret_cast<float*>(highs);
+  const zo::QuantKernel kernel = zo::kernels_named(isa).fake_quant[dtype].of[format];
+  const py::gil_scoped_release release;
+  const zo::Extremes ends = zo::run_fake_quant(kernel, job, zo::itemsize(dtype), threads);
+  return {ends.low, ends.high};
+}
+
 void emit(zo::Kernel kernel, uint64_t dst, uint64_t count, uint64_t offset, uint64_t seed,
           uint32_t direction, uint32_t stream, int threads) {
   Job job = job_of(dst, count, offset, seed, stream);
@@ -224,6 +252,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("stream"), py::arg("direction"), py::arg("held"), py::arg("held_scale"),
         py::arg("scale"), py::arg("keep"), py::arg("src_scale"), py::arg("seed"), py::arg("dtype"),
         py::arg("stochastic"), py::arg("distribution"), py::arg("changes"), py::arg("threads"));
+  m.def("fake_quant", &fake_quant, py::arg("isa"), py::arg("dst"), py::arg("src"),
+        py::arg("groups"), py::arg("group"), py::arg("dtype"), py::arg("format"), py::arg("top"),
+        py::arg("mantissa"), py::arg("min_exponent"), py::arg("power_of_two"), py::arg("scales"),
+        py::arg("lows"), py::arg("highs"), py::arg("threads"));
   const auto def_emitter = [&m](const char* name, auto kernel_of) {
     m.def(
         name,

@@ -50,6 +50,48 @@ constexpr int ROUNDINGS = 3;
 enum Swaps : int { HOLD = 0, SWAP = 1, RELEASE = 2, RELEASE_STOCHASTIC = 3 };
 constexpr int SWAPS = 4;
 
+enum Formats : int { INT_SYMMETRIC = 0, INT_ASYMMETRIC = 1, FLOAT = 2, NF4 = 3 };
+constexpr int FORMATS = 4;
+
+// Fake quantisation of consecutive groups of one tensor. The ends of a group are its least and its
+// greatest element, 0 included; of symmetric formats 0 and the greatest magnitude.
+struct QuantJob {
+  const void* src = nullptr;
+  void* dst = nullptr;             // may be src; null: find the ends only
+  uint64_t groups = 0, group = 0;  // how many, and the elements of each
+  float top = 1.0f;                // what a group's extent is divided by to give its scale
+  // FLOAT: stored mantissa bits, exponent of the least normal value, and whether the scale is the
+  // power of two of OCP MX instead.
+  int mantissa = 0, min_exponent = 0;
+  bool power_of_two = false;
+  const float* scales = nullptr;            // null, or of each group instead of its own
+  float *lows = nullptr, *highs = nullptr;  // null, or the ends of each: known, or to be found
+};
+
+struct Extremes {
+  float low = 0.0f, high = 0.0f;
+};
+
+// Returns the ends of all groups; NaN if there is one. Not looked for where `lows` are known.
+using QuantKernel = Extremes (*)(const QuantJob&);
+
+// The levels of NF4 and what lies between them, as in zo_kernels/formats.py.
+constexpr float NF4_LEVELS[16] = {
+    -0x1p+0f,        -0x1.647362p-1f, -0x1.0cd66p-1f,  -0x1.946540p-2f,
+    -0x1.23449ap-2f, -0x1.7a6a7ep-3f, -0x1.74f0e2p-4f, 0x0p+0f,
+    0x1.45f5fep-4f,  0x1.4995c6p-3f,  0x1.f809bap-3f,  0x1.5a0674p-2f,
+    0x1.c3497p-2f,   0x1.200f56p-1f,  0x1.722766p-1f,  0x1p+0f,
+};
+constexpr float NF4_MIDPOINTS[15] = {
+    -0x1.b239bp-1f,  -0x1.38a4ep-1f,  -0x1.d709p-2f,  -0x1.5bd4ecp-2f, -0x1.e079d8p-3f,
+    -0x1.1a7178p-3f, -0x1.74f0e2p-5f, 0x1.45f5fep-5f, 0x1.ec90c4p-4f,  0x1.a0cfcp-3f,
+    0x1.2b05a8p-2f,  0x1.8ea7f2p-2f,  0x1.00da08p-1f, 0x1.491b5ep-1f,  0x1.b913b4p-1f,
+};
+
+struct QuantRow {
+  QuantKernel of[FORMATS];
+};
+
 struct CombineRow {
   Kernel at[DTYPES][2];  // [dst dtype][stochastic]
 };
@@ -66,6 +108,7 @@ struct Kernels {
   const char* isa;
   Distribution of[DISTRIBUTIONS];
   Kernel random_words;
+  QuantRow fake_quant[DTYPES];
 };
 
 // The tables this processor can run, fastest first; the last is always the scalar one.

@@ -25,6 +25,7 @@ const Kernels ZO_JOIN(kernels_, ZO_ISA) = {
     ZO_STRING(ZO_ISA),
     {distribution<Normal>(), distribution<Rademacher>()},
     random_words,
+    {quant_row<F32>(), quant_row<BF16>(), quant_row<F16>()},
 };
 
 }  // namespace zo

@@ -1,6 +1,7 @@
 #include "parallel.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <stdexcept>
 
@@ -32,20 +33,25 @@ std::vector<Task> cut(const std::vector<Task>& tasks) {
   return pieces;
 }
 
-void run_pieces(const std::vector<Task>& pieces, int threads) {
-  const std::ptrdiff_t count = static_cast<std::ptrdiff_t>(pieces.size());
+template <class Work>
+void for_each(size_t number, int threads, const Work& work) {
+  const std::ptrdiff_t count = static_cast<std::ptrdiff_t>(number);
   const int used = static_cast<int>(std::min<std::ptrdiff_t>(std::max(threads, 1), count));
   if (used <= 1) {
     const IeeeArithmetic guard;
-    for (const Task& piece : pieces) piece.kernel(piece.job);
+    for (std::ptrdiff_t i = 0; i < count; ++i) work(i);
     return;
   }
 #pragma omp parallel num_threads(used)
   {
     const IeeeArithmetic guard;
 #pragma omp for schedule(dynamic)
-    for (std::ptrdiff_t i = 0; i < count; ++i) pieces[i].kernel(pieces[i].job);
+    for (std::ptrdiff_t i = 0; i < count; ++i) work(i);
   }
+}
+
+void run_pieces(const std::vector<Task>& pieces, int threads) {
+  for_each(pieces.size(), threads, [&](size_t i) { pieces[i].kernel(pieces[i].job); });
 }
 
 // Runs the pieces of tasks, and sums the change statistics that are asked for.
@@ -67,7 +73,82 @@ void run_and_sum(const std::vector<Task>& tasks, std::vector<Task>& pieces, int 
     for (int k = 0; k < STATISTICS; ++k) totals[i][k] += partial[i * STATISTICS + k];
 }
 
+// The ends of what a and b are the ends of; NaN wins.
+Extremes joined(const Extremes& a, const Extremes& b) {
+  const auto choose = [](float x, float y, bool first) {
+    return std::isnan(x) || (first && !std::isnan(y)) ? x : y;
+  };
+  return {choose(a.low, b.low, a.low < b.low), choose(a.high, b.high, a.high > b.high)};
+}
+
+// `count` groups from the one numbered `first` on.
+QuantJob groups_of(const QuantJob& whole, uint64_t first, uint64_t count, int itemsize) {
+  QuantJob part = whole;
+  const uint64_t bytes = first * whole.group * itemsize;
+  part.src = static_cast<const char*>(whole.src) + bytes;
+  if (whole.dst) part.dst = static_cast<char*>(whole.dst) + bytes;
+  part.groups = count;
+  if (whole.scales) part.scales += first;
+  if (whole.lows) part.lows += first, part.highs += first;
+  return part;
+}
+
+Extremes run_parts(QuantKernel kernel, const std::vector<QuantJob>& parts, int threads) {
+  std::vector<Extremes> found(parts.size());
+  for_each(parts.size(), threads, [&](size_t i) { found[i] = kernel(parts[i]); });
+  Extremes all;
+  for (const Extremes& part : found) all = joined(all, part);
+  return all;
+}
+
+// Groups longer than a piece: the ends of all pieces first, then their elements.
+Extremes run_long_groups(QuantKernel kernel, const QuantJob& whole, int itemsize, int threads) {
+  const uint64_t pieces = (whole.group + PIECE - 1) / PIECE;
+  std::vector<QuantJob> parts;
+  for (uint64_t g = 0; g < whole.groups; ++g) {
+    for (uint64_t at = 0; at < whole.group; at += PIECE) {
+      QuantJob part = groups_of(whole, g, 1, itemsize);
+      part.src = static_cast<const char*>(part.src) + at * itemsize;
+      if (part.dst) part.dst = static_cast<char*>(part.dst) + at * itemsize;
+      part.group = std::min(PIECE, whole.group - at);
+      parts.push_back(part);
+    }
+  }
+  std::vector<Extremes> found(parts.size()), ends(whole.groups);
+  for_each(parts.size(), threads, [&](size_t i) {
+    QuantJob part = parts[i];
+    part.dst = nullptr;
+    part.lows = part.highs = nullptr;
+    found[i] = kernel(part);
+  });
+  Extremes all;
+  for (size_t i = 0; i < found.size(); ++i) {
+    ends[i / pieces] = joined(ends[i / pieces], found[i]);
+    all = joined(all, found[i]);
+  }
+  for (uint64_t g = 0; g < whole.groups && !whole.dst && whole.lows; ++g) {
+    whole.lows[g] = ends[g].low;
+    whole.highs[g] = ends[g].high;
+  }
+  if (!whole.dst) return all;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    parts[i].lows = &ends[i / pieces].low;
+    parts[i].highs = &ends[i / pieces].high;
+  }
+  run_parts(kernel, parts, threads);
+  return all;
+}
+
 }  // namespace
+
+Extremes run_fake_quant(QuantKernel kernel, const QuantJob& whole, int itemsize, int threads) {
+  if (whole.group > PIECE) return run_long_groups(kernel, whole, itemsize, threads);
+  const uint64_t count = PIECE / whole.group;
+  std::vector<QuantJob> parts;
+  for (uint64_t first = 0; first < whole.groups; first += count)
+    parts.push_back(groups_of(whole, first, std::min(count, whole.groups - first), itemsize));
+  return run_parts(kernel, parts, threads);
+}
 
 void run(const std::vector<Task>& tasks, int threads) {
   std::vector<Task> pieces = cut(tasks);

@@ -23,4 +23,7 @@ void run(const std::vector<Task>& tasks, int threads);
 // (null: there was none), which are let go of, and those that it leaves (null: none).
 void run_swap(const std::vector<Task>& tasks, int threads, Store* held, Store* kept);
 
+// Fake quantisation of a tensor, or with no dst the ends of its groups; returns those of all.
+Extremes run_fake_quant(QuantKernel kernel, const QuantJob& whole, int itemsize, int threads);
+
 }  // namespace zo

@@ -23,6 +23,7 @@ inline VF splat(float x) { return _mm256_set1_ps(x); }
 inline VI splat(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
 inline VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
 inline VF mul(VF a, VF b) { return _mm256_mul_ps(a, b); }
+inline VF add(VF a, VF b) { return _mm256_add_ps(a, b); }
 inline VF sub(VF a, VF b) { return _mm256_sub_ps(a, b); }
 inline VI add(VI a, VI b) { return _mm256_add_epi32(a, b); }
 inline VI sub(VI a, VI b) { return _mm256_sub_epi32(a, b); }
@@ -61,6 +62,87 @@ inline VI equal(VI a, VI b) { return _mm256_cmpeq_epi32(a, b); }
 constexpr unsigned ALL_LANES = 0xFF;
 inline unsigned mask_of(VI a) {
   return static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(a)));
+}
+
+inline VF div(VF a, VF b) { return _mm256_div_ps(a, b); }
+inline VF smaller(VF a, VF b) { return _mm256_min_ps(a, b); }
+inline VF larger(VF a, VF b) { return _mm256_max_ps(a, b); }
+inline VI above(VF a, VF b) { return bits(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+inline VI xor_(VI a, VI b) { return _mm256_xor_si256(a, b); }
+inline VI pick(VI mask, VI yes, VI no) { return _mm256_blendv_epi8(no, yes, mask); }
+inline VI max_s32(VI a, VI b) { return _mm256_max_epi32(a, b); }
+inline VI min_s32(VI a, VI b) { return _mm256_min_epi32(a, b); }
+inline int32_t highest(VI a) {
+  __m128i x = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0x4E));
+  return _mm_cvtsi128_si32(_mm_max_epi32(x, _mm_shuffle_epi32(x, 0xB1)));
+}
+inline int32_t lowest(VI a) {
+  __m128i x = _mm_min_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  x = _mm_min_epi32(x, _mm_shuffle_epi32(x, 0x4E));
+  return _mm_cvtsi128_si32(_mm_min_epi32(x, _mm_shuffle_epi32(x, 0xB1)));
+}
+
+inline bool any_bit(VI a) { return !_mm256_testz_si256(a, a); }
+
+inline VI max_s16(VI a, VI b) { return _mm256_max_epi16(a, b); }
+inline VI min_s16(VI a, VI b) { return _mm256_min_epi16(a, b); }
+inline VI ordered_16(VI a) {
+  return _mm256_xor_si256(a, _mm256_srli_epi16(_mm256_srai_epi16(a, 15), 1));
+}
+
+struct Eight {
+  __m256 values;
+};
+inline Eight load_eight(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline VF at(const Eight& eight, VI place) { return _mm256_permutevar8x32_ps(eight.values, place); }
+
+struct Sixteen {
+  __m256i values;
+};
+inline Sixteen load_sixteen(const int16_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+}
+inline Sixteen add_scaled(Sixteen a, Sixteen b, int c) {
+  const __m256i factor = _mm256_set1_epi16(static_cast<int16_t>(c));
+  return {_mm256_add_epi16(a.values, _mm256_mullo_epi16(b.values, factor))};
+}
+
+// Of a table in both halves of a register, bytes 2 i and 2 i + 1 are entry i; of the place of a
+// byte vpshufb takes the low four bits, so places may be 8 or 16 more.
+inline __m256i entries_at(__m256i table, __m256i place) {
+  const __m256i bytes = _mm256_add_epi16(_mm256_mullo_epi16(place, _mm256_set1_epi16(0x0202)),
+                                         _mm256_set1_epi16(0x0100));
+  return _mm256_shuffle_epi8(table, bytes);
+}
+struct Tree {
+  __m256i root, upper, leaves;
+};
+inline Tree make_tree(Sixteen entries) {
+  const __m256i upper = _mm256_permute4x64_epi64(entries.values, 0x44);
+  return {_mm256_shuffle_epi8(upper, _mm256_set1_epi16(0x0302)), upper,
+          _mm256_permute4x64_epi64(entries.values, 0xEE)};
+}
+inline VI descend(const Tree& tree, VI a) {
+  __m256i i = _mm256_sub_epi16(_mm256_set1_epi16(2), _mm256_cmpgt_epi16(a, tree.root));
+  const auto go = [&](__m256i entries) {
+    i = _mm256_sub_epi16(_mm256_add_epi16(i, i), _mm256_cmpgt_epi16(a, entries));
+  };
+  go(entries_at(tree.upper, i));
+  go(entries_at(tree.upper, i));
+  go(entries_at(tree.leaves, i));
+  return i;
+}
+struct Outcomes {
+  __m256i below, above;
+};
+inline Outcomes make_outcomes(Sixteen values) {
+  return {_mm256_permute4x64_epi64(values.values, 0x44),
+          _mm256_permute4x64_epi64(values.values, 0xEE)};
+}
+inline VI at(const Outcomes& outcomes, VI place) {
+  return _mm256_blendv_epi8(entries_at(outcomes.below, place), entries_at(outcomes.above, place),
+                            _mm256_cmpgt_epi16(place, _mm256_set1_epi16(23)));
 }
 
 // For each mask of 8 lanes, which byte goes where; 0x80 makes a zero.
@@ -156,9 +238,7 @@ inline void store_f16(uint16_t* p, VF v) {
 inline VF round_f16(VF v) {
   return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-inline VI load_u32(const uint32_t* p) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-}
-inline void store_u32(uint32_t* p, VI v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+inline VI load_u32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store_u32(void* p, VI v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 
 }  // namespace

@@ -21,6 +21,7 @@ inline VF splat(float x) { return _mm512_set1_ps(x); }
 inline VI splat(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
 inline VF fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
 inline VF mul(VF a, VF b) { return _mm512_mul_ps(a, b); }
+inline VF add(VF a, VF b) { return _mm512_add_ps(a, b); }
 inline VF sub(VF a, VF b) { return _mm512_sub_ps(a, b); }
 inline VI add(VI a, VI b) { return _mm512_add_epi32(a, b); }
 inline VI sub(VI a, VI b) { return _mm512_sub_epi32(a, b); }
@@ -71,6 +72,64 @@ inline void compress_bytes(uint8_t* p, VI a, unsigned mask) {
 inline VI expand_bytes(const uint8_t* p, unsigned mask) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm512_maskz_expand_epi32(static_cast<__mmask16>(mask), _mm512_cvtepu8_epi32(bytes));
+}
+
+inline VF div(VF a, VF b) { return _mm512_div_ps(a, b); }
+inline VF smaller(VF a, VF b) { return _mm512_min_ps(a, b); }
+inline VF larger(VF a, VF b) { return _mm512_max_ps(a, b); }
+inline VI above(VF a, VF b) { return _mm512_movm_epi32(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ)); }
+inline VI xor_(VI a, VI b) { return _mm512_xor_si512(a, b); }
+inline VI pick(VI mask, VI yes, VI no) {
+  return _mm512_mask_mov_epi32(no, _mm512_movepi32_mask(mask), yes);
+}
+inline VI max_s32(VI a, VI b) { return _mm512_max_epi32(a, b); }
+inline VI min_s32(VI a, VI b) { return _mm512_min_epi32(a, b); }
+inline int32_t highest(VI a) { return _mm512_reduce_max_epi32(a); }
+inline int32_t lowest(VI a) { return _mm512_reduce_min_epi32(a); }
+
+inline bool any_bit(VI a) { return _mm512_test_epi32_mask(a, a) != 0; }
+
+inline VI max_s16(VI a, VI b) { return _mm512_max_epi16(a, b); }
+inline VI min_s16(VI a, VI b) { return _mm512_min_epi16(a, b); }
+inline VI ordered_16(VI a) {
+  return _mm512_xor_si512(a, _mm512_srli_epi16(_mm512_srai_epi16(a, 15), 1));
+}
+
+struct Eight {
+  __m512 values;
+};
+inline Eight load_eight(const float* p) { return {_mm512_broadcast_f32x8(_mm256_loadu_ps(p))}; }
+inline VF at(const Eight& eight, VI place) { return _mm512_permutexvar_ps(place, eight.values); }
+
+struct Sixteen {
+  __m256i values;
+};
+inline Sixteen load_sixteen(const int16_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+}
+inline Sixteen add_scaled(Sixteen a, Sixteen b, int c) {
+  const __m256i factor = _mm256_set1_epi16(static_cast<int16_t>(c));
+  return {_mm256_add_epi16(a.values, _mm256_mullo_epi16(b.values, factor))};
+}
+struct Tree {
+  __m512i entries;
+};
+inline Tree make_tree(Sixteen entries) { return {_mm512_broadcast_i64x4(entries.values)}; }
+inline VI descend(const Tree& tree, VI a) {
+  __m512i i = _mm512_set1_epi16(1);
+  for (int level = 0; level < 4; ++level) {
+    const __m512i entries = _mm512_permutexvar_epi16(i, tree.entries);
+    i = _mm512_add_epi16(i, i);
+    i = _mm512_mask_add_epi16(i, _mm512_cmpgt_epi16_mask(a, entries), i, _mm512_set1_epi16(1));
+  }
+  return i;
+}
+struct Outcomes {
+  __m512i values;
+};
+inline Outcomes make_outcomes(Sixteen values) { return {_mm512_broadcast_i64x4(values.values)}; }
+inline VI at(const Outcomes& outcomes, VI place) {
+  return _mm512_permutexvar_epi16(place, outcomes.values);
 }
 
 // 32-bit lane 4 L + s (s < 4) holds counter base + 4 s + L, so that the in-lane 4x4 transpose of
@@ -134,8 +193,8 @@ inline void store_f16(uint16_t* p, VF v) {
 inline VF round_f16(VF v) {
   return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-inline VI load_u32(const uint32_t* p) { return _mm512_loadu_si512(p); }
-inline void store_u32(uint32_t* p, VI v) { _mm512_storeu_si512(p, v); }
+inline VI load_u32(const void* p) { return _mm512_loadu_si512(p); }
+inline void store_u32(void* p, VI v) { _mm512_storeu_si512(p, v); }
 
 #if defined(ZO_BF16_HARDWARE)
 // vcvtne2ps2bf16 flushes subnormals to zero; such vectors take the integer path instead.

@@ -20,6 +20,7 @@ inline VF splat(float x) { return vdupq_n_f32(x); }
 inline VI splat(uint32_t x) { return vdupq_n_u32(x); }
 inline VF fma(VF a, VF b, VF c) { return vfmaq_f32(c, a, b); }
 inline VF mul(VF a, VF b) { return vmulq_f32(a, b); }
+inline VF add(VF a, VF b) { return vaddq_f32(a, b); }
 inline VF sub(VF a, VF b) { return vsubq_f32(a, b); }
 inline VI add(VI a, VI b) { return vaddq_u32(a, b); }
 inline VI sub(VI a, VI b) { return vsubq_u32(a, b); }
@@ -78,6 +79,82 @@ inline VI expand_bytes(const uint8_t* p, unsigned mask) {
   return vld1q_u32(lanes);
 }
 
+inline VF div(VF a, VF b) { return vdivq_f32(a, b); }
+inline VF smaller(VF a, VF b) { return vminq_f32(a, b); }
+inline VF larger(VF a, VF b) { return vmaxq_f32(a, b); }
+inline VI above(VF a, VF b) { return vcgtq_f32(a, b); }
+inline VI xor_(VI a, VI b) { return veorq_u32(a, b); }
+inline VI pick(VI mask, VI yes, VI no) { return vbslq_u32(mask, yes, no); }
+inline int32x4_t as_signed(VI a) { return vreinterpretq_s32_u32(a); }
+inline VI max_s32(VI a, VI b) {
+  return vreinterpretq_u32_s32(vmaxq_s32(as_signed(a), as_signed(b)));
+}
+inline VI min_s32(VI a, VI b) {
+  return vreinterpretq_u32_s32(vminq_s32(as_signed(a), as_signed(b)));
+}
+inline int32_t highest(VI a) { return vmaxvq_s32(as_signed(a)); }
+inline int32_t lowest(VI a) { return vminvq_s32(as_signed(a)); }
+
+inline bool any_bit(VI a) { return vmaxvq_u32(a) != 0; }
+
+inline int16x8_t as_halves(VI a) { return vreinterpretq_s16_u32(a); }
+inline VI max_s16(VI a, VI b) {
+  return vreinterpretq_u32_s16(vmaxq_s16(as_halves(a), as_halves(b)));
+}
+inline VI min_s16(VI a, VI b) {
+  return vreinterpretq_u32_s16(vminq_s16(as_halves(a), as_halves(b)));
+}
+inline VI ordered_16(VI a) {
+  const uint16x8_t sign = vreinterpretq_u16_s16(vshrq_n_s16(as_halves(a), 15));
+  return veorq_u32(a, vreinterpretq_u32_u16(vshrq_n_u16(sign, 1)));
+}
+
+struct Eight {
+  uint8x16x2_t values;
+};
+inline Eight load_eight(const float* p) {
+  return {{{vreinterpretq_u8_f32(vld1q_f32(p)), vreinterpretq_u8_f32(vld1q_f32(p + 4))}}};
+}
+inline VF at(const Eight& eight, VI place) {  // bytes 4 i to 4 i + 3
+  const VI bytes = vaddq_u32(vmulq_u32(place, splat(0x04040404u)), splat(0x03020100u));
+  return vreinterpretq_f32_u8(vqtbl2q_u8(eight.values, vreinterpretq_u8_u32(bytes)));
+}
+
+struct Sixteen {
+  int16x8_t low, high;
+};
+inline Sixteen load_sixteen(const int16_t* p) { return {vld1q_s16(p), vld1q_s16(p + 8)}; }
+inline Sixteen add_scaled(Sixteen a, Sixteen b, int c) {
+  const int16x8_t factor = vdupq_n_s16(static_cast<int16_t>(c));
+  return {vmlaq_s16(a.low, b.low, factor), vmlaq_s16(a.high, b.high, factor)};
+}
+inline uint8x16x2_t as_table(Sixteen a) {
+  return {{vreinterpretq_u8_s16(a.low), vreinterpretq_u8_s16(a.high)}};
+}
+// Bytes 2 i and 2 i + 1 of a table are entry i.
+inline int16x8_t entries_at(uint8x16x2_t table, uint16x8_t place) {
+  const uint16x8_t bytes = vaddq_u16(vmulq_u16(place, vdupq_n_u16(0x0202)), vdupq_n_u16(0x0100));
+  return vreinterpretq_s16_u8(vqtbl2q_u8(table, vreinterpretq_u8_u16(bytes)));
+}
+struct Tree {
+  uint8x16x2_t entries;
+};
+inline Tree make_tree(Sixteen entries) { return {as_table(entries)}; }
+inline VI descend(const Tree& tree, VI a) {
+  uint16x8_t i = vdupq_n_u16(1);
+  for (int level = 0; level < 4; ++level)
+    i = vsubq_u16(vaddq_u16(i, i), vcgtq_s16(as_halves(a), entries_at(tree.entries, i)));
+  return vreinterpretq_u32_u16(i);
+}
+struct Outcomes {
+  uint8x16x2_t values;
+};
+inline Outcomes make_outcomes(Sixteen values) { return {as_table(values)}; }
+inline VI at(const Outcomes& outcomes, VI place) {
+  const uint16x8_t i = vsubq_u16(vreinterpretq_u16_u32(place), vdupq_n_u16(16));
+  return vreinterpretq_u32_s16(entries_at(outcomes.values, i));
+}
+
 inline WideKey wide_key(uint64_t k) { return k; }
 inline Wide wide_counters(uint32_t base) {
   const uint64_t low[2] = {0, 1}, high[2] = {2, 3};
@@ -123,7 +200,11 @@ inline void store_u16(uint16_t* p, VI a, VI b) {
 inline VF load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 inline void store_f16(uint16_t* p, VF v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
 inline VF round_f16(VF v) { return vcvt_f32_f16(vcvt_f16_f32(v)); }
-inline VI load_u32(const uint32_t* p) { return vld1q_u32(p); }
-inline void store_u32(uint32_t* p, VI v) { vst1q_u32(p, v); }
+inline VI load_u32(const void* p) {
+  return vreinterpretq_u32_u8(vld1q_u8(static_cast<const uint8_t*>(p)));
+}
+inline void store_u32(void* p, VI v) {
+  vst1q_u8(static_cast<uint8_t*>(p), vreinterpretq_u8_u32(v));
+}
 
 }  // namespace

@@ -19,6 +19,7 @@ inline VF splat(float x) { return x; }
 inline VI splat(uint32_t x) { return {x}; }
 inline VF fma(VF a, VF b, VF c) { return std::fma(a, b, c); }
 inline VF mul(VF a, VF b) { return a * b; }
+inline VF add(VF a, VF b) { return a + b; }
 inline VF sub(VF a, VF b) { return a - b; }
 inline VI add(VI a, VI b) { return {a.v + b.v}; }
 inline VI sub(VI a, VI b) { return {a.v - b.v}; }
@@ -72,6 +73,94 @@ inline unsigned mask_of(VI a) { return a.v >> 31; }
 inline void compress_bytes(uint8_t* p, VI a, unsigned) { *p = static_cast<uint8_t>(a.v); }
 inline VI expand_bytes(const uint8_t* p, unsigned mask) { return {mask ? *p : 0u}; }
 
+inline VF div(VF a, VF b) { return a / b; }
+// Of numbers; which zero comes out of two is left open.
+inline VF smaller(VF a, VF b) { return a < b ? a : b; }
+inline VF larger(VF a, VF b) { return a > b ? a : b; }
+// All bits of the lanes where a > b.
+inline VI above(VF a, VF b) { return {a > b ? ~0u : 0u}; }
+inline VI xor_(VI a, VI b) { return {a.v ^ b.v}; }
+// For masks of all bits of lanes.
+inline VI pick(VI mask, VI yes, VI no) { return mask.v ? yes : no; }
+inline VI max_s32(VI a, VI b) {
+  return static_cast<int32_t>(a.v) > static_cast<int32_t>(b.v) ? a : b;
+}
+inline VI min_s32(VI a, VI b) {
+  return static_cast<int32_t>(a.v) < static_cast<int32_t>(b.v) ? a : b;
+}
+// The greatest and the least lane, signed.
+inline int32_t highest(VI a) { return static_cast<int32_t>(a.v); }
+inline int32_t lowest(VI a) { return static_cast<int32_t>(a.v); }
+
+inline bool any_bit(VI a) { return a.v != 0; }
+
+// Vectors of 16-bit lanes, two of them where VI has one.
+inline VI halves(int low, int high) {
+  return {(static_cast<uint32_t>(low) & 0xFFFFu) | static_cast<uint32_t>(high) << 16};
+}
+inline int half_of(VI a, int i) { return static_cast<int16_t>(a.v >> (16 * i)); }
+inline VI max_s16(VI a, VI b) {
+  const auto each = [&](int i) {
+    return half_of(a, i) > half_of(b, i) ? half_of(a, i) : half_of(b, i);
+  };
+  return halves(each(0), each(1));
+}
+inline VI min_s16(VI a, VI b) {
+  const auto each = [&](int i) {
+    return half_of(a, i) < half_of(b, i) ? half_of(a, i) : half_of(b, i);
+  };
+  return halves(each(0), each(1));
+}
+// Patterns of 16-bit floats as integers in the order of their values, -0 below +0; and back.
+inline VI ordered_16(VI a) {
+  const auto each = [&](int i) { return half_of(a, i) ^ (half_of(a, i) < 0 ? 0x7FFF : 0); };
+  return halves(each(0), each(1));
+}
+
+// Eight floats, and the one at the place that each lane names.
+struct Eight {
+  const float* values;
+};
+inline Eight load_eight(const float* p) { return {p}; }
+inline VF at(const Eight& eight, VI place) { return eight.values[place.v]; }
+
+// Sixteen 16-bit integers, and a + b * c.
+struct Sixteen {
+  int16_t values[16];
+};
+inline Sixteen load_sixteen(const int16_t* p) {
+  Sixteen r;
+  std::memcpy(r.values, p, sizeof(r.values));
+  return r;
+}
+inline Sixteen add_scaled(Sixteen a, const Sixteen& b, int c) {
+  for (int i = 0; i < 16; ++i) a.values[i] = static_cast<int16_t>(a.values[i] + b.values[i] * c);
+  return a;
+}
+// Values as a search tree: [1] is the root, the children of [i] are [2 i] and [2 i + 1], [0] is not
+// looked at. A 16-bit lane above an entry goes to its second child, and ends at a place, 16 to 31.
+struct Tree {
+  Sixteen entries;
+};
+inline Tree make_tree(const Sixteen& entries) { return {entries}; }
+inline VI descend(const Tree& tree, VI a) {
+  const auto each = [&](int lane) {
+    int i = 1;
+    while (i < 16) i = 2 * i + (half_of(a, lane) > tree.entries.values[i]);
+    return i;
+  };
+  return halves(each(0), each(1));
+}
+// What stands at places.
+struct Outcomes {
+  Sixteen values;
+};
+inline Outcomes make_outcomes(const Sixteen& values) { return {values}; }
+inline VI at(const Outcomes& outcomes, VI place) {
+  const auto each = [&](int lane) { return outcomes.values.values[half_of(place, lane) - 16]; };
+  return halves(each(0), each(1));
+}
+
 inline WideKey wide_key(uint64_t k) { return k; }
 inline Wide wide_counters(uint32_t base) { return base; }
 inline Wide wide_mul(Wide a, uint32_t m) {
@@ -118,7 +207,12 @@ inline void store_u16(uint16_t* p, VI a, VI b) {
 inline VF load_f16(const uint16_t* p) { return half_to_float(*p); }
 inline void store_f16(uint16_t* p, VF v) { *p = float_to_half(v); }
 inline VF round_f16(VF v) { return half_to_float(float_to_half(v)); }
-inline VI load_u32(const uint32_t* p) { return {*p}; }
-inline void store_u32(uint32_t* p, VI v) { *p = v.v; }
+// Of any four bytes.
+inline VI load_u32(const void* p) {
+  VI r;
+  std::memcpy(&r.v, p, 4);
+  return r;
+}
+inline void store_u32(void* p, VI v) { std::memcpy(p, &v.v, 4); }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "advance.h"
+#include "fake_quant.h"
 #include "pair.h"
 #include "perturb.h"
 #include "swap.h"
@@ -13,6 +14,12 @@ constexpr zo::CombineRow combine_row() {
   return {{{combine<Src, F32, Directions, false>, combine<Src, F32, Directions, false>},
            {combine<Src, BF16, Directions, false>, combine<Src, BF16, Directions, true>},
            {combine<Src, F16, Directions, false>, combine<Src, F16, Directions, true>}}};
+}
+
+template <class T>
+constexpr zo::QuantRow quant_row() {
+  return {{fake_quant<T, zo::INT_SYMMETRIC>, fake_quant<T, zo::INT_ASYMMETRIC>,
+           fake_quant<T, zo::FLOAT>, fake_quant<T, zo::NF4>}};
 }
 
 template <class Directions>

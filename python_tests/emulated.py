@@ -66,6 +66,24 @@ class Job(ctypes.Structure):
     ]
 
 
+class QuantJob(ctypes.Structure):
+    """zo::QuantJob of csrc/dispatch.h."""
+
+    _fields_ = [
+        ("src", ctypes.c_void_p),
+        ("dst", ctypes.c_void_p),
+        ("groups", ctypes.c_uint64),
+        ("group", ctypes.c_uint64),
+        ("top", ctypes.c_float),
+        ("mantissa", ctypes.c_int),
+        ("min_exponent", ctypes.c_int),
+        ("power_of_two", ctypes.c_bool),
+        ("scales", ctypes.c_void_p),
+        ("lows", ctypes.c_void_p),
+        ("highs", ctypes.c_void_p),
+    ]
+
+
 def job_of(
     begin: int,
     count: int,
@@ -109,6 +127,8 @@ def kernels_of(isa: str) -> ctypes.CDLL:
     assert loaded.isa_name().decode() == isa
     loaded.job_size.restype = ctypes.c_uint64
     assert loaded.job_size() == ctypes.sizeof(Job)
+    loaded.quant_job_size.restype = ctypes.c_uint64
+    assert loaded.quant_job_size() == ctypes.sizeof(QuantJob)
     for name in ("combine", "pair", "advance", "swap", "emit"):
         getattr(loaded, f"{name}_job").argtypes = [ctypes.POINTER(Job)]  # plain integers follow
     loaded.exceptions_new.restype = loaded.exceptions_data.restype = ctypes.c_void_p

@@ -13,7 +13,6 @@ import zo_kernels as zk
 from zo_kernels.ops import backend_reasons
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-QUANTISING = ("reference", "triton")  # the backends that have fake_quant
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 #: Elements and offsets of tensors: ragged, misaligned, over where a counter word changes.
 PLACES = [(1, 0), (7, 3), (1500, 0), (4099, 4093), (9000, 2**34 - 4097), (300, 2**35 + 1)]

@@ -74,6 +74,65 @@ def test_comparisons(lanes):
     assert (a == b).sum() >= len(EDGES)
 
 
+def test_what_fake_quantisation_needs(lanes):
+    """Signed maxima and minima of 32-bit and 16-bit lanes, orders of halves, float comparisons."""
+    a, b = pairs()
+    x, y = a.view(np.int32), b.view(np.int32)
+    assert (run(lanes.signed_maxima, a, b).view(np.int32) == np.maximum(x, y)).all()
+    assert (run(lanes.signed_minima, a, b).view(np.int32) == np.minimum(x, y)).all()
+    assert (run(lanes.picked, a, b) == np.where(x < y, a, b)).all()
+    x, y = a.copy().view(np.int16), b.copy().view(np.int16)
+    assert (run(lanes.half_maxima, a, b).view(np.int16) == np.maximum(x, y)).all()
+    assert (run(lanes.half_minima, a, b).view(np.int16) == np.minimum(x, y)).all()
+    assert (run(lanes.half_orders, a).view(np.int16) == np.where(x < 0, x ^ 0x7FFF, x)).all()
+    x, y = a.copy().view(np.float32), b.copy().view(np.float32)
+    every = np.uint32(0xFFFFFFFF)
+    assert (run(lanes.above_as_floats, a, b) == (x > y) * every).all()
+    with np.errstate(all="ignore"):
+        expected = x / y
+    found = run(lanes.quotients, a, b).view(np.float32)
+    assert np.array_equal(np.isnan(found), np.isnan(expected))
+    numbers = ~np.isnan(expected)
+    assert (found[numbers].view(np.uint32) == expected[numbers].view(np.uint32)).all()
+
+
+def test_ends_of_vectors(lanes):
+    """The greatest and the least lane, wherever it is."""
+    width = lanes.width()
+    vectors = np.random.default_rng(2).integers(0, 2**32, (16, width), dtype=np.uint32)
+    for lane in range(width):
+        vectors[lane, lane] = 0x7FFFFFF0 if lane % 2 else 0x80000010
+    flat = misaligned(vectors.flatten())
+    signed = vectors.view(np.int32)
+    assert (run(lanes.highests, flat).view(np.int32)[:16] == signed.max(axis=1)).all()
+    assert (run(lanes.lowests, flat).view(np.int32)[:16] == signed.min(axis=1)).all()
+    few = np.zeros((16, width), np.uint32)
+    few[np.arange(1, 16), np.arange(1, 16) % width] = 1 << np.arange(1, 16)
+    assert (run(lanes.any_bits, misaligned(few.flatten()))[:16] == (np.arange(16) > 0)).all()
+
+
+def test_tables(lanes):
+    """One of eight floats by its place; a search tree over all 16-bit integers."""
+    eight = np.random.default_rng(3).random(9, dtype=np.float32)[1:]
+    places = misaligned(np.arange(160, dtype=np.uint32) * 7 % 64)
+    out = misaligned(np.zeros_like(places))
+    lanes.chosen(*map(address, (eight, places, out)), ctypes.c_size_t(places.size))
+    assert (out.view(np.float32) == eight[places % 8]).all()
+    entries = np.sort(np.random.default_rng(4).integers(-(2**15), 2**15, 15)).astype(np.int16)
+    entries[3] = entries[4]  # two with nothing between
+    tree, steps = np.zeros(16, np.int16), np.arange(16, dtype=np.int16)
+    for i in range(1, 16):
+        depth = i.bit_length() - 1
+        tree[i] = entries[(2 * (i - (1 << depth)) + 1 << 3 - depth) - 1]
+    outcomes = np.arange(16, dtype=np.int16) * 4099 - 30000
+    values = misaligned(np.arange(-(2**15), 2**15).astype(np.int16).view(np.uint32))
+    out = misaligned(np.zeros_like(values))
+    arrays = [address(a) for a in (tree + 5 * steps, -steps)]
+    lanes.searched(*arrays, 5, *map(address, (outcomes, values, out)), ctypes.c_size_t(values.size))
+    expected = outcomes[np.searchsorted(entries, values.view(np.int16), side="left")]
+    assert (out.view(np.int16) == expected).all()
+
+
 def test_shifts_and_loads(lanes):
     a, _ = pairs()
     assert (run(lanes.copies, a) == a).all()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import DTYPES, NAMES, QUANTISING, assert_same_bits, runnable
+from helpers import DTYPES, NAMES, assert_same_bits, runnable
 
 import zo_kernels as zk
 from zo_kernels.backends import reference_quantize
-from zo_kernels.ops import backend_reasons
+from zo_kernels.ops import BACKENDS
 
 # QLoRA's NF4 as published in bitsandbytes (create_normal_map), and the thresholds of its kernels.
 NF4 = [
@@ -24,18 +24,21 @@ THRESHOLDS = [
     0.1202552504837513, 0.2035212516784668, 0.2920137718319893, 0.3893125355243683,
     0.5016634166240692, 0.6427869200706482, 0.8614784181118011,
 ]  # fmt: skip
-CASES = [(f"int{bits}", symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
-CASES += [("nf4", True), ("fp8_e4m3", True), ("fp8_e5m2", True)]
-IDS = [scheme + ("" if symmetric else "-asymmetric") for scheme, symmetric in CASES]
+CASES = [
+    *((f"int{bits}", {"symmetric": s}) for bits in (2, 3, 4, 8) for s in (True, False)),
+    *(("nf4", {"double_quant": d}) for d in (False, True)),
+    *((scheme, {}) for scheme in ("fp8_e4m3", "fp8_e5m2", "mxfp4", "nvfp4")),
+]
+IDS = [f"{s}-{'-'.join(f'{k}={v}' for k, v in o.items())}".rstrip("-") for s, o in CASES]
 FP8 = {
     "fp8_e4m3": (torch.float8_e4m3fn, 448.0, 464.0),
     "fp8_e5m2": (torch.float8_e5m2, 57344.0, 61440.0),
 }
 
 
-@pytest.fixture(params=QUANTISING)
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """The backends that have the op."""
+    """Each of the backends."""
     return runnable(request.param)
 
 
@@ -71,20 +74,19 @@ def hard_weights(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> 
     return values.flatten()[: rows * columns].view(rows, columns).to(dtype)
 
 
-@pytest.mark.skipif(backend_reasons()["triton"] is not None, reason="no GPU and no interpreter")
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
-@pytest.mark.parametrize("scheme, symmetric", CASES, ids=IDS)
-def test_bits_of_the_backends(scheme, symmetric, dtype):
+@pytest.mark.parametrize("scheme, options", CASES, ids=IDS)
+@pytest.mark.parametrize("backend", ["native", "triton"], indirect=True)
+def test_bits_of_the_backends(scheme, options, dtype, backend, device):
     """Zeros, subnormals, huge values, ties; groups of all sizes; odd shapes."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     changed = 0
     for shape, sizes in (((6, 384), [32, 64, 128, "row", "tensor"]), ((5, 57), [1, 3, "row"])):
         weight = hard_weights(*shape, dtype)
         for size in sizes:
-            options = {"group_size": size, "symmetric": symmetric}
-            expected = zk.fake_quant(weight, scheme, backend="reference", **options)
+            sized = {"group_size": size, **options}
+            expected = zk.fake_quant(weight, scheme, backend="reference", **sized)
             assert expected.isfinite().all()
-            actual = zk.fake_quant(weight.to(device), scheme, backend="triton", **options)
+            actual = zk.fake_quant(weight.to(device), scheme, backend=backend, **sized)
             assert_same_bits(actual, expected, (shape, size))
             changed += (expected != weight).sum().item()
     assert changed > 500
@@ -165,22 +167,22 @@ def test_integers_by_hand(quantised):
 def test_zeros(quantised):
     """One zero for integers and NF4; FP8 keeps the sign, in groups of zeros too."""
     weight = torch.tensor([[1.0, -0.0, 0.0, -1e-12], [-0.0, 0.0, -0.0, 0.0]])
-    for scheme, symmetric in CASES:
-        got = quantised(weight, scheme, group_size="row", symmetric=symmetric)
+    for scheme, options in CASES:
+        got = quantised(weight, scheme, group_size="row", **options)
         expected = torch.zeros(2, 4)
-        if scheme in FP8:
+        if "fp" in scheme:
             expected = expected.copysign(weight)
         expected[0, 0] = got[0, 0]
         assert got[0, 0].item() == pytest.approx(1.0, rel=1e-6)
         assert_same_bits(got, expected, scheme)
-    for scheme, symmetric in CASES:  # all of them below what a scale can express
+    for scheme, options in CASES:  # all of them below what a scale can express
         weight = torch.tensor([[-(2.0**-149), 0.0, 2.0**-149, -0.0]])
-        got = quantised(weight, scheme, group_size="row", symmetric=symmetric)
+        got = quantised(weight, scheme, group_size="row", **options)
         # Only 1/1 and 2/3 of the least subnormal do not round to a scale of 0.
         if scheme in ("int2", "nf4"):
             assert_same_bits(got, weight + 0.0, scheme)
         else:
-            sign = weight if scheme in FP8 else torch.ones(1, 4)
+            sign = weight if "fp" in scheme else torch.ones(1, 4)
             assert_same_bits(got, torch.zeros(1, 4).copysign(sign), scheme)
 
 
@@ -227,12 +229,12 @@ def test_integers_against_numpy(symmetric, width, group, quantised):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=NAMES.get)
-@pytest.mark.parametrize("scheme, symmetric", CASES, ids=IDS)
-def test_rounded_once(dtype, scheme, symmetric):
+@pytest.mark.parametrize("scheme, options", CASES, ids=IDS)
+def test_rounded_once(dtype, scheme, options, quantised):
     """16-bit weights: float32 arithmetic and one rounding at the end."""
     weight = hard_weights(8, 64, dtype)
-    wide = zk.fake_quant(weight.float(), scheme, symmetric=symmetric)
-    assert_same_bits(zk.fake_quant(weight, scheme, symmetric=symmetric), wide.to(dtype))
+    wide = quantised(weight.float(), scheme, **options)
+    assert_same_bits(quantised(weight, scheme, **options), wide.to(dtype))
 
 
 def near_ties(columns: int, top: int) -> torch.Tensor:

@@ -10,7 +10,6 @@ import torch
 from helpers import (
     DTYPES,
     NAMES,
-    QUANTISING,
     assert_borders_intact,
     assert_same_bits,
     bordered,
@@ -19,12 +18,13 @@ from helpers import (
 
 import zo_kernels as zk
 from zo_kernels import quantize
-from zo_kernels.ops import dispatch
+from zo_kernels.backends import native
+from zo_kernels.ops import BACKENDS, dispatch
 
 
-@pytest.fixture(params=QUANTISING)
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """The backends that have the op."""
+    """Each of the backends."""
     return runnable(request.param)
 
 
@@ -63,7 +63,7 @@ BAD = [
     (good().t(), {}, ValueError, "tensor: expected a contiguous tensor"),
     (good().to("meta"), {}, ValueError, "tensor: expected a tensor with data"),
     (good(), {"scheme": "int9"}, ValueError, "scheme: expected one of ('int2', 'int3', "),
-    (good(), {"scheme": 4}, ValueError, "'fp8_e4m3', 'fp8_e5m2'), got 4"),
+    (good(), {"scheme": 4}, ValueError, "'mxfp4', 'nvfp4'), got 4"),
     (good(), {"symmetric": 1}, TypeError, "symmetric: expected a bool, got int (1)"),
     (
         good(),
@@ -89,7 +89,14 @@ BAD = [
     (good(), {"out": good().half()}, ValueError, "out: expected dtype torch.float32 as tensor"),
     (good(), {"out": good().to("meta")}, ValueError, "out: expected a tensor with data"),
     (good(), {"backend": "cuda"}, ValueError, "backend: expected None or one of"),
-    (good(), {"backend": "native"}, RuntimeError, "backend 'native': fake_quant has no C++ kernel"),
+    (good(), {"double_quant": 1}, TypeError, "double_quant: expected a bool, got int (1)"),
+    (
+        good(),
+        {"double_quant": True},
+        ValueError,
+        "double_quant: expected False for scheme 'int4', got True",
+    ),
+    (good(), {"scheme": "mxfp4"}, ValueError, "group_size: expected a divisor of 10"),
     (good(), {"name": "w", "group_size": 3}, ValueError, "the in dimension of w, got 3"),
 ]
 
@@ -105,42 +112,48 @@ def test_bad_arguments_are_named(weight, changes, error, message):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite(bad, backend, device):
-    """Named, and nothing is written; without the check the other groups are as always."""
+    """Named, and the tensor has its values; without the check the other groups are as always."""
     weight = good()
     weight[2, 3] = bad
     weight = weight.to(device)
     out = torch.full_like(weight, 5.0)
     message = r"model\.w: expected finite values, got NaN or infinity"
-    for target in (out, weight):
-        before = target.clone()
-        with pytest.raises(ValueError, match=message):
-            zk.fake_quant(weight, "int4", out=target, name="model.w", backend=backend)
-        assert_same_bits(target, before)
+    before = weight.clone()
+    for scheme in ("int4", "int2", "nf4", "fp8_e4m3", "nvfp4"):
+        for target in (out, weight, None):
+            options = {"group_size": 5, "out": target, "name": "model.w", "backend": backend}
+            with pytest.raises(ValueError, match=message):
+                zk.fake_quant(weight, scheme, **options)
+            assert_same_bits(weight, before)
+    with pytest.raises(ValueError, match=message):
+        zk.fake_quant(weight, "int4", symmetric=False, out=out, name="model.w", backend=backend)
     with np.errstate(invalid="ignore"):  # the interpreter computes with numpy
         got = zk.fake_quant(weight, "int4", check_finite=False, backend=backend).cpu()
     expected = zk.fake_quant(good(), "int4")
     assert_same_bits(got[[0, 1, 3]], expected[[0, 1, 3]])
 
 
-def test_ranges_that_are_too_large():
+def test_ranges_that_are_too_large(backend, device):
     """Where a value of the grid might overflow: max - min, and two odd cases of absmax."""
-    weight = torch.tensor([[60000.0, -10000.0]]).half()
+    weight = torch.tensor([[60000.0, -10000.0]]).half().to(device)
     message = r"tensor: expected max - min that int2 can scale within torch\.float16, got 70000"
     with pytest.raises(ValueError, match=message):
-        zk.fake_quant(weight, "int2", symmetric=False)
-    assert zk.fake_quant(weight, "int2").isfinite().all()
+        zk.fake_quant(weight, "int2", symmetric=False, backend=backend)
+    assert zk.fake_quant(weight, "int2", backend=backend).isfinite().all()
     largest = torch.finfo(torch.float32).max
     with pytest.raises(ValueError, match="max - min that int8 can scale"):
-        zk.fake_quant(torch.tensor([[largest, -1e38]]), "int8", symmetric=False)
-    weight = torch.tensor([[largest]])
+        wide = torch.tensor([[largest, -1e38]], device=device)
+        zk.fake_quant(wide, "int8", symmetric=False, backend=backend)
+    weight = torch.tensor([[largest]], device=device)
     for scheme in ("int2", "int3", "int4", "int5", "int6", "int7", "int8"):
         if scheme in ("int6", "int8"):  # round(round(largest / Q) * Q) overflows for 31 and 127
             with pytest.raises(ValueError, match=f"magnitudes that {scheme} can scale within"):
-                zk.fake_quant(weight, scheme)
-            below = weight.nextafter(torch.tensor(0.0))
-            assert zk.fake_quant(below, scheme).isfinite().all()
+                zk.fake_quant(weight, scheme, backend=backend)
+            below = weight.nextafter(torch.zeros_like(weight))
+            assert zk.fake_quant(below, scheme, backend=backend).isfinite().all()
         else:
-            assert_same_bits(zk.fake_quant(weight, scheme), weight, scheme)
+            got = zk.fake_quant(weight, scheme, backend=backend)
+            assert_same_bits(got, weight, scheme)
 
 
 def test_overlaps_are_refused():
@@ -168,20 +181,25 @@ def test_empty_tensors(backend, device):
 
 
 def test_backends_by_device(monkeypatch):
-    """On the CPU the reference, until there is a C++ kernel; a named backend never falls back."""
+    """On the CPU the C++ kernels; a named backend never falls back."""
     weight = good()
     monkeypatch.setattr(dispatch, "_triton_reason", lambda: "no GPU is visible")
     with pytest.raises(RuntimeError, match="backend 'triton': no GPU is visible"):
         zk.fake_quant(weight, "int4", backend="triton")
-    with pytest.raises(RuntimeError, match="use 'reference' or 'triton'"):
-        zk.fake_quant(weight, "int4", backend="native")
     expected = zk.fake_quant(weight, "int4", backend="reference")
+    ran = []
+    original = native.fake_quant
+    monkeypatch.setattr(native, "fake_quant", lambda *a, **k: ran.append(1) or original(*a, **k))
     assert_same_bits(zk.fake_quant(weight, "int4"), expected)
+    assert ran == [1]
+    monkeypatch.setattr(native, "_reason", "not built")
+    with pytest.raises(RuntimeError, match="backend 'native': not built"):
+        zk.fake_quant(weight, "int4", backend="native")
 
 
 def test_opcheck():
     """Schemas, mutation annotations, fake tensors and autograd registration of both ops."""
-    options = ("int4", 5, True, True, "tensor", "reference")
+    options = ("int4", 5, True, False, True, "tensor", "reference")
     torch.library.opcheck(quantize._fake_quant_op, (torch.empty(4, 10), good(), *options))
     torch.library.opcheck(quantize._in_place_op, (good(), *options))
 

@@ -6,7 +6,6 @@ The formats and the arithmetic are stated in zo_kernels/formats.py.
 from __future__ import annotations
 
 import math
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from zo_kernels.checks import check_tensor, expect_int
 from zo_kernels.formats import FORMATS
 from zo_kernels.ops import backend_for
+from zo_kernels.scales import scales_of_scales
 
 
 def fake_quant(
@@ -22,6 +22,7 @@ def fake_quant(
     *,
     group_size: int | str | None = None,
     symmetric: bool = True,
+    double_quant: bool = False,
     out: Tensor | None = None,
     check_finite: bool = True,
     name: str = "tensor",
@@ -35,26 +36,30 @@ def fake_quant(
     Args:
         tensor: (out, in), contiguous, float32, bfloat16 or float16. Not written, unless it is
             also ``out``. No gradient flows.
-        scheme: "int2" to "int8", "nf4", "fp8_e4m3" or "fp8_e5m2".
+        scheme: "int2" to "int8", "nf4", "fp8_e4m3", "fp8_e5m2", "mxfp4" or "nvfp4".
         group_size: elements that share a scale: that many consecutive ones of a row, a divisor of
             the in dimension; "row" (one scale per output channel); "tensor" (one scale).
-            None: 64 for nf4, "row" for the others.
+            None: 64 for nf4, 32 for mxfp4, 16 for nvfp4, "row" for the others.
         symmetric: of the integer schemes: False for a zero point and a range from min to max.
+        double_quant: of nf4: the scales are quantised too, as QLoRA does.
         out: where the result goes: as tensor in shape, dtype and device, contiguous; the same
             tensor (in place) or memory apart from it. None: a new tensor.
-        check_finite: False leaves out the pass over the tensor that looks for NaN, infinity and a
-            range too large; where there are any, the values of their groups are then undefined.
+        check_finite: False leaves out the look for NaN, infinity and a range too large, which on
+            the CPU costs little; where there are any, the values of their groups are then
+            undefined.
         name: what errors call the tensor.
-        backend: None (by device: "triton" on a GPU; on the CPU "reference", until there is a C++
-            kernel), "reference" or "triton"; a named one never falls back.
+        backend: None (by device: "triton" on a GPU, "native" on the CPU), "reference", "native"
+            or "triton"; a named one never falls back.
 
     Returns:
         ``out``, or a new tensor of the shape and dtype of ``tensor``.
 
     Raises:
-        TypeError, ValueError: naming the tensor or option, what was expected and what came;
-            nothing has been written then. Non-finite values are a ValueError, and so is a range so
-            large that a value of the grid might overflow (asymmetric: max - min beyond the dtype).
+        TypeError, ValueError: naming the tensor or option, what was expected and what came. The
+            tensor has its values then. Non-finite values are a ValueError, and so is a range so
+            large that a value of the grid might overflow (asymmetric: max - min beyond the dtype);
+            an ``out`` apart from the tensor has undefined values after these two, whose check is
+            part of the one pass that "native" makes.
         RuntimeError: if the named backend is not available, with the reason.
     """
     if not isinstance(tensor, Tensor):
@@ -62,18 +67,21 @@ def fake_quant(
     check_tensor(name, tensor)
     if tensor.dim() != 2:
         raise ValueError(f"{name}: expected shape (out, in), got {tuple(tensor.shape)}")
-    for option, value in (("symmetric", symmetric), ("check_finite", check_finite)):
+    switches = {"symmetric": symmetric, "double_quant": double_quant, "check_finite": check_finite}
+    for option, value in switches.items():
         if not isinstance(value, bool):
             raise TypeError(f"{option}: expected a bool, got {type(value).__name__} ({value!r})")
     if scheme not in FORMATS:
         raise ValueError(f"scheme: expected one of {tuple(FORMATS)}, got {scheme!r}")
     if not symmetric and FORMATS[scheme].kind != "int":
         raise ValueError(f"symmetric: expected True for scheme {scheme!r}, got False")
+    if double_quant and scheme != "nf4":
+        raise ValueError(f"double_quant: expected False for scheme {scheme!r}, got True")
     group = _group(tensor, scheme, group_size, name)
     if out is not None and out is not tensor:
         _check_out(out, tensor, name)
-    _room(tensor.device, backend)  # refuse before anything is allocated
-    options = (scheme, group, symmetric, check_finite, name, backend or "")
+    backend_for(tensor.device, backend)  # refuse before anything is allocated
+    options = (scheme, group, symmetric, double_quant, check_finite, name, backend or "")
     with torch.no_grad():
         if out is tensor:
             # An op of its own: a mutated argument must not alias another one.
@@ -114,17 +122,6 @@ def _check_out(out: Tensor, tensor: Tensor, name: str) -> None:
             raise ValueError(f"out: expected {what} {wanted} as {name}, got {got}")
 
 
-def _room(device: torch.device, backend: str | None) -> ModuleType:
-    """The backend that works on a device."""
-    if backend == "native":
-        raise RuntimeError(
-            "backend 'native': fake_quant has no C++ kernel yet; use 'reference' or 'triton'"
-        )
-    if backend is None and device.type == "cpu":
-        backend = "reference"
-    return backend_for(device, backend)
-
-
 @torch.library.custom_op("zo_kernels::fake_quant", mutates_args={"out"})
 def _fake_quant_op(
     out: Tensor,
@@ -132,6 +129,7 @@ def _fake_quant_op(
     scheme: str,
     group: int,
     symmetric: bool,
+    double_quant: bool,
     check_finite: bool,
     name: str,
     backend: str,
@@ -139,7 +137,7 @@ def _fake_quant_op(
     distance = abs(out.data_ptr() - tensor.data_ptr())
     if 0 < distance < tensor.numel() * tensor.element_size():
         raise ValueError(f"out: expected {name} itself or memory apart from it, got an overlap")
-    _run(out, tensor, scheme, group, symmetric, check_finite, name, backend)
+    _run(out, tensor, scheme, group, symmetric, double_quant, check_finite, name, backend)
 
 
 @torch.library.custom_op("zo_kernels::fake_quant_", mutates_args={"tensor"})
@@ -148,11 +146,12 @@ def _in_place_op(
     scheme: str,
     group: int,
     symmetric: bool,
+    double_quant: bool,
     check_finite: bool,
     name: str,
     backend: str,
 ) -> None:
-    _run(tensor, tensor, scheme, group, symmetric, check_finite, name, backend)
+    _run(tensor, tensor, scheme, group, symmetric, double_quant, check_finite, name, backend)
 
 
 def _run(
@@ -161,31 +160,50 @@ def _run(
     scheme: str,
     group: int,
     symmetric: bool,
+    double_quant: bool,
     check_finite: bool,
     name: str,
     backend: str,
 ) -> None:
     if tensor.numel() == 0:
         return
-    if check_finite:
-        _check_values(name, tensor, scheme, symmetric)
-    room = _room(tensor.device, backend or None)
-    room.fake_quant(out, tensor, scheme, group=group, symmetric=symmetric)
+    room = backend_for(tensor.device, backend or None)
+    scales, ends = None, None
+    if double_quant or FORMATS[scheme].scale == "e4m3":
+        of_groups = room.group_ends(tensor, group=group).cpu()
+        ends = of_groups[0].min().item(), of_groups[1].max().item()  # NaN wins
+    elif check_finite and (out.data_ptr() == tensor.data_ptr() or not room.FAKE_QUANT_FINDS_ENDS):
+        low, high = room.group_ends(tensor, group=tensor.numel()).flatten().tolist()
+        ends = low, high
+    if check_finite and ends is not None:
+        _check_ends(name, ends, tensor.dtype, scheme, symmetric)
+    if double_quant or FORMATS[scheme].scale == "e4m3":
+        scales = scales_of_scales(scheme, of_groups).to(tensor.device)
+    found = room.fake_quant(out, tensor, scheme, group=group, symmetric=symmetric, scales=scales)
+    if check_finite and ends is None:
+        _check_ends(name, found, tensor.dtype, scheme, symmetric)
 
 
-def _check_values(name: str, tensor: Tensor, scheme: str, symmetric: bool) -> None:
-    """ValueError unless all values are finite and so is every value their grids can have."""
-    low, high = torch.stack(torch.aminmax(tensor)).tolist()  # NaN wins
+def _check_ends(
+    name: str, ends: tuple[float, float], dtype: torch.dtype, scheme: str, symmetric: bool
+) -> None:
+    """ValueError unless all values are finite and so is every value their grids can have.
+
+    Args:
+        ends: the least and the greatest element, NaN if there is one; or 0 and the greatest
+            magnitude, if symmetric.
+    """
+    low, high = ends
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name}: expected finite values, got NaN or infinity")
     extent = max(-low, high) if symmetric else max(high, 0.0) - min(low, 0.0)
     top = torch.tensor(FORMATS[scheme].top(symmetric))
     # The grid is as wide as the extent but for roundings: that of the scale and the dtype's.
-    width = (torch.tensor(extent, dtype=torch.float32) / top * top).to(tensor.dtype)
+    width = (torch.tensor(extent, dtype=torch.float32) / top * top).to(dtype)
     if not math.isfinite(width):
         what = "magnitudes" if symmetric else "max - min"
         raise ValueError(
-            f"{name}: expected {what} that {scheme} can scale within {tensor.dtype}, got {extent}"
+            f"{name}: expected {what} that {scheme} can scale within {dtype}, got {extent}"
         )
 
 

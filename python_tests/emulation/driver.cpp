@@ -39,6 +39,13 @@ void emit_job(const Job* job, int distribution) {
     kernels_of(distribution).emit(*job);
 }
 
+uint64_t quant_job_size() { return sizeof(zo::QuantJob); }
+void fake_quant_job(const zo::QuantJob* job, int dtype, int format, float* ends) {
+  const zo::Extremes found = zo::ZO_JOIN(kernels_, ZO_ISA).fake_quant[dtype].of[format](*job);
+  ends[0] = found.low;
+  ends[1] = found.high;
+}
+
 Exceptions* exceptions_new() { return new Exceptions; }
 void exceptions_delete(Exceptions* kept) { delete kept; }
 uint64_t exceptions_bytes(const Exceptions* kept) { return kept->bytes(); }

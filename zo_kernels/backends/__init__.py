@@ -13,10 +13,8 @@ Triton's interpreter) each offer, with one signature and the same bits:
     normal(count, *, seed, direction, stream, offset, device)
     rademacher(count, *, seed, direction, stream, offset, device)
     random_words(count, *, seed, direction, stream, offset, device)
-
-and all but ``native``, which has no kernel for it yet:
-
-    fake_quant(out, tensor, scheme, *, group, symmetric)
+    fake_quant(out, tensor, scheme, *, group, symmetric, scales)
+    group_ends(tensor, *, group) -> ends
 
 Arguments are checked in zo_kernels/ops and zo_kernels/quantize.py, not here.
 """

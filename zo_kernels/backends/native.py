@@ -8,14 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from zo_kernels.formats import FORMATS
 from zo_kernels.places import places
 
 #: combine_ takes ``scales`` and ``directions`` as lists only.
 DEVICE_SCALES = False
+#: fake_quant returns the ends of the tensor.
+FAKE_QUANT_FINDS_ENDS = True
 
 # csrc/dispatch.h
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DISTRIBUTION_CODES = {"normal": 0, "rademacher": 1}
+FORMAT_CODES = {("int", True): 0, ("int", False): 1, ("float", True): 2, ("nf4", True): 3}
 
 try:
     from zo_kernels import _C
@@ -216,6 +220,64 @@ def swap_(
             threads=_threads(),
         )
     return kept if keep else None
+
+
+def fake_quant(
+    out: Tensor,
+    tensor: Tensor,
+    scheme: str,
+    *,
+    group: int,
+    symmetric: bool,
+    scales: Tensor | None = None,
+) -> tuple[float, float]:
+    """out = tensor on the scheme's grid, a scale per group; see zo_kernels.quantize.fake_quant.
+
+    Returns:
+        The ends of all groups, found on the way: the least and the greatest element, 0 included;
+        of symmetric schemes 0 and max|w|. NaN if there is one.
+    """
+    form = FORMATS[scheme]
+    return _C.fake_quant(
+        isa=isa(),
+        dst=out.data_ptr(),
+        src=tensor.data_ptr(),
+        groups=tensor.numel() // group,
+        group=group,
+        dtype=DTYPE_CODES[tensor.dtype],
+        format=FORMAT_CODES[form.kind, symmetric],
+        top=form.top(symmetric),
+        mantissa=form.mantissa,
+        min_exponent=form.min_exponent,
+        power_of_two=form.scale == "power_of_two",
+        scales=0 if scales is None else scales.data_ptr(),
+        lows=0,
+        highs=0,
+        threads=_threads(),
+    )
+
+
+def group_ends(tensor: Tensor, *, group: int) -> Tensor:
+    """The least and the greatest element of each group, or 0; NaN wins: (2, groups) float32."""
+    ends = torch.empty(2, tensor.numel() // group, dtype=torch.float32)
+    _C.fake_quant(
+        isa=isa(),
+        dst=0,
+        src=tensor.data_ptr(),
+        groups=ends.shape[1],
+        group=group,
+        dtype=DTYPE_CODES[tensor.dtype],
+        format=FORMAT_CODES["int", False],
+        top=1.0,
+        mantissa=0,
+        min_exponent=0,
+        power_of_two=False,
+        scales=0,
+        lows=ends[0].data_ptr(),
+        highs=ends[1].data_ptr(),
+        threads=_threads(),
+    )
+    return ends
 
 
 def normal(

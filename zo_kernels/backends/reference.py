@@ -20,16 +20,18 @@ from zo_kernels.backends.reference_noise import (
     rounding_bits,
     words,
 )
-from zo_kernels.backends.reference_quantize import fake_quant
+from zo_kernels.backends.reference_quantize import fake_quant, group_ends
 from zo_kernels.backends.reference_updates import add_changes, advance_, pair_, swap_
 
 __all__ = [
-    "advance_", "box_muller", "combine_", "fake_quant", "fma", "normal", "pair_", "philox",
-    "rademacher", "random_words", "round_stochastic", "swap_",
+    "advance_", "box_muller", "combine_", "fake_quant", "fma", "group_ends", "normal", "pair_",
+    "philox", "rademacher", "random_words", "round_stochastic", "swap_",
 ]  # fmt: skip
 
 #: combine_ takes ``scales`` and ``directions`` as lists only.
 DEVICE_SCALES = False
+#: fake_quant returns nothing.
+FAKE_QUANT_FINDS_ENDS = False
 
 
 def combine_(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,12 +12,27 @@ from zo_kernels.formats import FORMATS, NF4_LEVELS, NF4_MIDPOINTS, Format
 _CHUNK = 1 << 20  # elements at a time, to bound the temporaries
 
 
-def fake_quant(out: Tensor, tensor: Tensor, scheme: str, *, group: int, symmetric: bool) -> None:
+def group_ends(tensor: Tensor, *, group: int) -> Tensor:
+    """The least and the greatest element of each group, or 0; NaN wins: (2, groups) float32."""
+    low, high = tensor.view(-1, group).aminmax(dim=1)
+    return torch.stack([low.float().clamp(max=0), high.float().clamp(min=0)])
+
+
+def fake_quant(
+    out: Tensor,
+    tensor: Tensor,
+    scheme: str,
+    *,
+    group: int,
+    symmetric: bool,
+    scales: Tensor | None = None,
+) -> None:
     """out = tensor on the scheme's grid, one scale per group; see zo_kernels.quantize.fake_quant.
 
     Args:
         out, tensor: contiguous, of one shape and dtype, apart or the same memory.
         group: elements per group, a divisor of the number of elements, at least 1.
+        scales: (groups,) float32 instead of the groups' own; of nf4, only of its levels.
     """
     form = FORMATS[scheme]
     source, result = tensor.view(-1, group), out.view(-1, group)
@@ -23,10 +40,15 @@ def fake_quant(out: Tensor, tensor: Tensor, scheme: str, *, group: int, symmetri
     for first in range(0, len(source), count):
         rows = slice(first, first + count)
         low, high = source[rows].aminmax(dim=1, keepdim=True)
-        grid = _grid(low.float(), high.float(), form, symmetric)
+        scale, safe, zero = _grid(low.float(), high.float(), form, symmetric)
+        if scales is not None:
+            scale = scales[rows].view(-1, 1)
+            if form.kind != "nf4":
+                safe = _safe(scale)
         for start in range(0, group, _CHUNK):
             here = rows, slice(start, start + _CHUNK)
-            result[here] = _on_grid(source[here].float(), *grid, form, symmetric).to(out.dtype)
+            level = _on_grid(source[here].float(), safe, zero, form, symmetric)
+            result[here] = (level * scale).to(out.dtype)
 
 
 def _grid(low: Tensor, high: Tensor, form: Format, symmetric: bool) -> tuple[Tensor, ...]:
@@ -37,35 +59,52 @@ def _grid(low: Tensor, high: Tensor, form: Format, symmetric: bool) -> tuple[Ten
     else:
         low, high = low.clamp(max=0), high.clamp(min=0)
         extent = (high - low).abs()
-    # CUDA turns tensor / number into a product with the rounded reciprocal.
-    scale = extent / torch.full_like(extent, top)
-    safe = torch.where(scale > 0, scale, 1.0)
+    if form.scale == "power_of_two":
+        scale = _power_of_two(extent, top)
+    else:
+        # CUDA turns tensor / number into a product with the rounded reciprocal.
+        scale = extent / torch.full_like(extent, top)
+    safe = _safe(scale)
     zero = torch.zeros_like(scale) if symmetric else _rhe(-low / safe).clamp(0, top)
     return scale, safe, zero
 
 
-def _on_grid(
-    w: Tensor, scale: Tensor, safe: Tensor, zero: Tensor, form: Format, symmetric: bool
-) -> Tensor:
+def _safe(scale: Tensor) -> Tensor:
+    return torch.where(scale > 0, scale, 1.0)
+
+
+def _power_of_two(extent: Tensor, top: float) -> Tensor:
+    """The power of two that takes the extent into the binade of top; at least 2^-127."""
+    exponent = torch.frexp(extent).exponent - math.frexp(top)[1]
+    least = torch.full_like(exponent, -127)
+    exponent = torch.where(extent > 0, torch.maximum(exponent, least), least)
+    # Of 2^-127, which torch.exp2 and ldexp may take for 0, the half in two steps.
+    half = exponent.div(2, rounding_mode="floor")
+    one = torch.ones_like(extent)
+    return torch.ldexp(one, half) * torch.ldexp(one, exponent - half)
+
+
+def _on_grid(w: Tensor, safe: Tensor, zero: Tensor, form: Format, symmetric: bool) -> Tensor:
+    """The levels of weights: w' before the scale."""
     x = w / safe
     if form.kind == "nf4":
         midpoints = torch.tensor(NF4_MIDPOINTS, device=w.device)
         # bucketize counts the midpoints below x.
-        return torch.tensor(NF4_LEVELS, device=w.device)[torch.bucketize(x, midpoints)] * scale
-    if form.kind == "fp8":
-        return _fp8(x, form) * scale
+        return torch.tensor(NF4_LEVELS, device=w.device)[torch.bucketize(x, midpoints)]
+    if form.kind == "float":
+        return nearest_float(x, form)
     top = form.top(symmetric)
     if symmetric:
-        return _rhe(x).clamp(-top, top) * scale
-    return ((_rhe(x) + zero).clamp(0, top) - zero) * scale
+        return _rhe(x).clamp(-top, top)
+    return (_rhe(x) + zero).clamp(0, top) - zero
 
 
 def _rhe(x: Tensor) -> Tensor:
     return x.round() + 0.0  # -0 + 0 is +0
 
 
-def _fp8(x: Tensor, form: Format) -> Tensor:
-    """The nearest values of the format, ties to even; every step but round() is exact."""
+def nearest_float(x: Tensor, form: Format) -> Tensor:
+    """The nearest values of a float format, ties to even; every step but round() is exact."""
     exponent = torch.frexp(x).exponent - 1  # 2^exponent <= |x| < 2^(exponent + 1)
     step = torch.ldexp(torch.ones_like(x), exponent.clamp(min=form.min_exponent) - form.mantissa)
     magnitude = (x.abs() / step).round() * step

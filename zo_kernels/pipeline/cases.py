@@ -115,7 +115,7 @@ class Case:
 
 
 _F32, _BF16, _F16 = ops.DTYPES
-_QUANTIZED = {"passes": 0, "multiple": 128, "backends": ("reference", "triton")}
+_QUANTIZED = {"passes": 0, "multiple": 128}
 CASES = (
     Case("random_words", _F32, 8, lambda b: b.emit(ops.random_words), passes=0),
     Case("normal", _F32, 4, lambda b: b.emit(ops.normal), passes=0),

@@ -28,6 +28,18 @@ struct uint16x4_t {
 struct float16x4_t {
   uint16_t v[4];
 };
+struct int16x8_t {
+  int16_t v[8];
+};
+struct uint16x8_t {
+  uint16_t v[8];
+};
+struct uint8x16_t {
+  uint8_t v[16];
+};
+struct uint8x16x2_t {
+  uint8x16_t val[2];
+};
 
 #define ZO_LANES for (int i = 0; i < 4; ++i)
 #define ZO_PAIR for (int i = 0; i < 2; ++i)
@@ -212,5 +224,139 @@ inline float16x4_t vcvt_f16_f32(float32x4_t a) {
   return r;
 }
 
+// For fake quantisation.
+#define ZO_HALVES for (int i = 0; i < 8; ++i)
+inline float32x4_t vaddq_f32(float32x4_t a, float32x4_t b) {
+  ZO_LANES a.v[i] += b.v[i];
+  return a;
+}
+inline float32x4_t vdivq_f32(float32x4_t a, float32x4_t b) {
+  ZO_LANES a.v[i] /= b.v[i];
+  return a;
+}
+inline float32x4_t vminq_f32(float32x4_t a, float32x4_t b) {  // NaN wins
+  ZO_LANES a.v[i] = a.v[i] < b.v[i] || std::isnan(a.v[i]) ? a.v[i] : b.v[i];
+  return a;
+}
+inline float32x4_t vmaxq_f32(float32x4_t a, float32x4_t b) {
+  ZO_LANES a.v[i] = a.v[i] > b.v[i] || std::isnan(a.v[i]) ? a.v[i] : b.v[i];
+  return a;
+}
+inline uint32x4_t vcgtq_f32(float32x4_t a, float32x4_t b) {
+  uint32x4_t r;
+  ZO_LANES r.v[i] = a.v[i] > b.v[i] ? ~0u : 0u;
+  return r;
+}
+inline uint32x4_t vmulq_u32(uint32x4_t a, uint32x4_t b) {
+  ZO_LANES a.v[i] *= b.v[i];
+  return a;
+}
+inline int32x4_t vmaxq_s32(int32x4_t a, int32x4_t b) {
+  ZO_LANES if (b.v[i] > a.v[i]) a.v[i] = b.v[i];
+  return a;
+}
+inline int32x4_t vminq_s32(int32x4_t a, int32x4_t b) {
+  ZO_LANES if (b.v[i] < a.v[i]) a.v[i] = b.v[i];
+  return a;
+}
+inline int32_t vmaxvq_s32(int32x4_t a) {
+  int32_t r = a.v[0];
+  ZO_LANES if (a.v[i] > r) r = a.v[i];
+  return r;
+}
+inline int32_t vminvq_s32(int32x4_t a) {
+  int32_t r = a.v[0];
+  ZO_LANES if (a.v[i] < r) r = a.v[i];
+  return r;
+}
+inline uint16x8_t vdupq_n_u16(uint16_t x) { return {{x, x, x, x, x, x, x, x}}; }
+inline int16x8_t vmaxq_s16(int16x8_t a, int16x8_t b) {
+  ZO_HALVES if (b.v[i] > a.v[i]) a.v[i] = b.v[i];
+  return a;
+}
+inline int16x8_t vminq_s16(int16x8_t a, int16x8_t b) {
+  ZO_HALVES if (b.v[i] < a.v[i]) a.v[i] = b.v[i];
+  return a;
+}
+inline int16x8_t vdupq_n_s16(int16_t x) { return {{x, x, x, x, x, x, x, x}}; }
+inline int16x8_t vmlaq_s16(int16x8_t a, int16x8_t b, int16x8_t c) {  // a + b * c
+  ZO_HALVES a.v[i] = static_cast<int16_t>(a.v[i] + b.v[i] * c.v[i]);
+  return a;
+}
+inline int16x8_t vld1q_s16(const int16_t* p) {
+  int16x8_t r;
+  std::memcpy(&r, p, sizeof(r));
+  return r;
+}
+inline uint32_t vmaxvq_u32(uint32x4_t a) {
+  uint32_t r = 0;
+  ZO_LANES if (a.v[i] > r) r = a.v[i];
+  return r;
+}
+inline uint16x8_t vcgtq_s16(int16x8_t a, int16x8_t b) {
+  uint16x8_t r;
+  ZO_HALVES r.v[i] = a.v[i] > b.v[i] ? 0xFFFF : 0;
+  return r;
+}
+inline uint16x8_t vaddq_u16(uint16x8_t a, uint16x8_t b) {
+  ZO_HALVES a.v[i] = static_cast<uint16_t>(a.v[i] + b.v[i]);
+  return a;
+}
+inline uint16x8_t vsubq_u16(uint16x8_t a, uint16x8_t b) {
+  ZO_HALVES a.v[i] = static_cast<uint16_t>(a.v[i] - b.v[i]);
+  return a;
+}
+inline uint16x8_t vmulq_u16(uint16x8_t a, uint16x8_t b) {
+  ZO_HALVES a.v[i] = static_cast<uint16_t>(static_cast<uint32_t>(a.v[i]) * b.v[i]);
+  return a;
+}
+namespace emulation {
+template <int N>
+inline int16x8_t shift_right_signed(int16x8_t a) {
+  static_assert(N > 0 && N <= 16, "vshrq_n_s16: a shift by 1 to 16");
+  ZO_HALVES a.v[i] = static_cast<int16_t>(a.v[i] >> N);
+  return a;
+}
+template <int N>
+inline uint16x8_t shift_right(uint16x8_t a) {
+  static_assert(N > 0 && N <= 16, "vshrq_n_u16: a shift by 1 to 16");
+  ZO_HALVES a.v[i] = static_cast<uint16_t>(a.v[i] >> N);
+  return a;
+}
+}  // namespace emulation
+#define vshrq_n_s16(a, n) emulation::shift_right_signed<n>(a)
+#define vshrq_n_u16(a, n) emulation::shift_right<n>(a)
+// The bytes that the index names, of two registers; 0 beyond.
+inline uint8x16_t vqtbl2q_u8(uint8x16x2_t table, uint8x16_t index) {
+  uint8x16_t r;
+  for (int i = 0; i < 16; ++i) {
+    const int at = index.v[i];
+    r.v[i] = at < 32 ? table.val[at / 16].v[at % 16] : 0;
+  }
+  return r;
+}
+inline uint8x16_t vld1q_u8(const uint8_t* p) {
+  uint8x16_t r;
+  std::memcpy(&r, p, sizeof(r));
+  return r;
+}
+inline void vst1q_u8(uint8_t* p, uint8x16_t a) { std::memcpy(p, &a, sizeof(a)); }
+#define ZO_CAST(name, to, from) \
+  inline to name(from a) { return emulation::cast<to>(a); }
+ZO_CAST(vreinterpretq_s16_u32, int16x8_t, uint32x4_t)
+ZO_CAST(vreinterpretq_u32_s16, uint32x4_t, int16x8_t)
+ZO_CAST(vreinterpretq_u8_s16, uint8x16_t, int16x8_t)
+ZO_CAST(vreinterpretq_u16_u32, uint16x8_t, uint32x4_t)
+ZO_CAST(vreinterpretq_u16_s16, uint16x8_t, int16x8_t)
+ZO_CAST(vreinterpretq_u32_u16, uint32x4_t, uint16x8_t)
+ZO_CAST(vreinterpretq_u8_u16, uint8x16_t, uint16x8_t)
+ZO_CAST(vreinterpretq_s16_u8, int16x8_t, uint8x16_t)
+ZO_CAST(vreinterpretq_u8_u32, uint8x16_t, uint32x4_t)
+ZO_CAST(vreinterpretq_u32_u8, uint32x4_t, uint8x16_t)
+ZO_CAST(vreinterpretq_u8_f32, uint8x16_t, float32x4_t)
+ZO_CAST(vreinterpretq_f32_u8, float32x4_t, uint8x16_t)
+
+#undef ZO_CAST
+#undef ZO_HALVES
 #undef ZO_LANES
 #undef ZO_PAIR

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from zo_kernels.backends.reference_quantize import group_ends  # torch's own reduction is exact
 from zo_kernels.backends.triton import launch as _launch
 from zo_kernels.backends.triton import perturb as _perturb
 from zo_kernels.backends.triton import quantize as _quantize
@@ -19,12 +20,14 @@ if knobs.runtime.interpret:
     mend()
 
 __all__ = [
-    "DEVICE_SCALES", "advance_", "combine_", "fake_quant", "interpreting", "normal", "pair_",
-    "rademacher", "random_words", "swap_", "unavailable_reason",
+    "DEVICE_SCALES", "FAKE_QUANT_FINDS_ENDS", "advance_", "combine_", "fake_quant", "group_ends",
+    "interpreting", "normal", "pair_", "rademacher", "random_words", "swap_", "unavailable_reason",
 ]  # fmt: skip
 
 #: combine_ reads ``scales`` and ``directions`` that are tensors when its kernel runs.
 DEVICE_SCALES = True
+#: fake_quant returns nothing.
+FAKE_QUANT_FINDS_ENDS = False
 
 
 def unavailable_reason() -> str | None:
@@ -82,8 +85,16 @@ def random_words(
     return _emit("random_words", count, torch.int32, address, device).long() & 0xFFFFFFFF
 
 
-def fake_quant(out: Tensor, tensor: Tensor, scheme: str, *, group: int, symmetric: bool) -> None:
+def fake_quant(
+    out: Tensor,
+    tensor: Tensor,
+    scheme: str,
+    *,
+    group: int,
+    symmetric: bool,
+    scales: Tensor | None = None,
+) -> None:
     """out = tensor on the scheme's grid, a scale per group; see zo_kernels.quantize.fake_quant."""
     options = _launch.options(tensor.device, _quantize.LANES)
     with _launch.on(tensor.device):
-        _quantize.launch(out, tensor, scheme, group, symmetric, options)
+        _quantize.launch(out, tensor, scheme, group, symmetric, scales, options)

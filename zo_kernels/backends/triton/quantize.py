@@ -10,11 +10,12 @@ Exact on every target: divisions are ``div_rn`` (``/`` is not correctly rounded 
 rounding to a step of 2^k adds and subtracts 1.5 * 2^(k + 23): the sum lies where floats are 2^k
 apart, so its one rounding is the wanted one, ties to even, and the difference is exact. That holds
 for magnitudes below 2^(k + 22). It comes after the clamping, whose bounds are values of the grid:
-so integers (k = 0) are at most 255, the step of FP8 follows the magnitude, and the zeros of
+so integers (k = 0) are at most 255, the step of floats follows the magnitude, and the zeros of
 minimum and maximum, whose sign Triton leaves open, come out as +0. NaN and infinity are the
 caller's to exclude.
 """
 
+import math
 from itertools import product
 from typing import Any
 
@@ -42,17 +43,27 @@ def _round(x, anchor):
 
 
 @triton.jit
-def _grid(low, high, SYMMETRIC: tl.constexpr, TOP: tl.constexpr):
+def _grid(
+    low, high, SYMMETRIC: tl.constexpr, TOP: tl.constexpr, BINADE: tl.constexpr
+):  # fmt: skip
     """scale, s (zo_kernels/formats.py) and the ends of the integer grid, of groups.
 
-    SYMMETRIC: high is max|w|, and low is not looked at.
+    SYMMETRIC: high is max|w|, and low is not looked at. BINADE: that of TOP, where scales are
+    powers of two; else -1.
     """
     if SYMMETRIC:
         extent = tl.abs(high)
     else:
         low = tl.minimum(low, 0.0)
         extent = tl.abs(tl.maximum(high, 0.0) - low)
-    scale = tl.math.div_rn(extent, tl.full(extent.shape, TOP, tl.float32))
+    if BINADE >= 0:
+        # The extent's binade over that of TOP; at least 2^-127, whose pattern is 0x400000.
+        exponent = extent.to(tl.int32, bitcast=True) & 0x7F800000
+        exponent -= BINADE << 23
+        exponent = tl.where(exponent < 0x800000, 0x400000, exponent)
+        scale = exponent.to(tl.float32, bitcast=True)
+    else:
+        scale = tl.math.div_rn(extent, tl.full(extent.shape, TOP, tl.float32))
     safe = tl.where(scale > 0.0, scale, 1.0)
     lowest = tl.full(extent.shape, -TOP, tl.float32)
     if not SYMMETRIC:
@@ -62,8 +73,18 @@ def _grid(low, high, SYMMETRIC: tl.constexpr, TOP: tl.constexpr):
 
 
 @triton.jit
-def _fp8(x, TOP: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr):
-    """The nearest values of the format; the step comes from the exponent bits of x."""
+def _given(scale, safe, scales, row, mask, KIND: tl.constexpr, GIVEN: tl.constexpr):
+    """scale and s, of given scales where there are any; of nf4, levels only."""
+    if GIVEN:
+        scale = tl.load(scales + row, mask=mask, other=0.0)
+        if KIND != "nf4":
+            safe = tl.where(scale > 0.0, scale, 1.0)
+    return scale, safe
+
+
+@triton.jit
+def _float(x, TOP: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr):
+    """The nearest values of a float format; the step comes from the exponent bits of x."""
     magnitude = tl.minimum(tl.abs(x), TOP)
     exponent = magnitude.to(tl.int32, bitcast=True) & 0x7F800000
     exponent = tl.maximum(exponent, (MIN_EXPONENT + 127) << 23)
@@ -85,8 +106,8 @@ def _on_grid(
         level = tl.full(w.shape, _LEVELS[0], tl.float32)
         for i in tl.static_range(15):
             level = tl.where(x > _MIDPOINTS[i], _LEVELS[i + 1], level)
-    elif KIND == "fp8":
-        level = _fp8(x, TOP, MANTISSA, MIN_EXPONENT)
+    elif KIND == "float":
+        level = _float(x, TOP, MANTISSA, MIN_EXPONENT)
     else:
         # With the zero point taken off: clamp(rhe(x) + zero, 0, Q) - zero, all integers.
         highest = TOP if SYMMETRIC else lowest + TOP
@@ -98,6 +119,7 @@ def _on_grid(
 def groups_kernel(
     out,
     src,
+    scales,  # (groups,) float32, or not looked at
     groups,
     GROUP: tl.constexpr,  # elements per group
     PADDED: tl.constexpr,  # the power of two from GROUP up
@@ -107,6 +129,8 @@ def groups_kernel(
     TOP: tl.constexpr,
     MANTISSA: tl.constexpr,
     MIN_EXPONENT: tl.constexpr,
+    BINADE: tl.constexpr,
+    GIVEN: tl.constexpr,  # whether scales are
 ):
     """Groups that fit in registers; program i has groups ROWS i and on."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -120,7 +144,8 @@ def groups_kernel(
     else:
         low = tl.min(w, axis=1, keep_dims=True)
         high = tl.max(w, axis=1, keep_dims=True)
-    scale, safe, lowest = _grid(low, high, SYMMETRIC, TOP)
+    scale, safe, lowest = _grid(low, high, SYMMETRIC, TOP, BINADE)
+    scale, safe = _given(scale, safe, scales, row, row < groups, KIND, GIVEN)
     w = _on_grid(w, scale, safe, lowest, KIND, SYMMETRIC, TOP, MANTISSA, MIN_EXPONENT)
     tl.store(out + offset, w.to(out.dtype.element_ty), mask=mask)
 
@@ -129,6 +154,7 @@ def groups_kernel(
 def streamed_kernel(
     out,
     src,
+    scales,
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
     KIND: tl.constexpr,
@@ -136,6 +162,8 @@ def streamed_kernel(
     TOP: tl.constexpr,
     MANTISSA: tl.constexpr,
     MIN_EXPONENT: tl.constexpr,
+    BINADE: tl.constexpr,
+    GIVEN: tl.constexpr,  # whether scales are
 ):
     """One group per program, in two walks."""
     first = tl.program_id(0).to(tl.int64) * GROUP
@@ -155,7 +183,10 @@ def streamed_kernel(
         tl.max(high, axis=0, keep_dims=True),
         SYMMETRIC,
         TOP,
+        BINADE,
     )
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    scale, safe = _given(scale, safe, scales, row, row >= 0, KIND, GIVEN)
     for start in range(0, GROUP, TILE):
         column = start + tl.arange(0, TILE)
         w = tl.load(src + first + column, mask=column < GROUP, other=0.0).to(tl.float32)
@@ -167,6 +198,7 @@ def streamed_kernel(
 def spread_kernel(
     out,
     src,
+    scales,
     lows,  # (groups,) float32: least elements
     highs,  # (groups,) float32: greatest elements
     group,  # elements per group
@@ -177,6 +209,8 @@ def spread_kernel(
     TOP: tl.constexpr,
     MANTISSA: tl.constexpr,
     MIN_EXPONENT: tl.constexpr,
+    BINADE: tl.constexpr,
+    GIVEN: tl.constexpr,  # whether scales are
 ):
     """One tile of one group, whose least and greatest elements are known."""
     j = (tl.program_id(0) // tiles).to(tl.int64)
@@ -188,20 +222,25 @@ def spread_kernel(
     if SYMMETRIC:
         high = tl.maximum(tl.abs(low), tl.abs(high))
     scale, safe, lowest = _grid(
-        tl.full([1], low, tl.float32), tl.full([1], high, tl.float32), SYMMETRIC, TOP
+        tl.full([1], low, tl.float32), tl.full([1], high, tl.float32), SYMMETRIC, TOP, BINADE
     )
+    row = j + tl.arange(0, 1)
+    scale, safe = _given(scale, safe, scales, row, row >= 0, KIND, GIVEN)
     w = _on_grid(w, scale, safe, lowest, KIND, SYMMETRIC, TOP, MANTISSA, MIN_EXPONENT)
     tl.store(out + offset, w.to(out.dtype.element_ty), mask=column < group)
 
 
-def _constants(scheme: str, symmetric: bool) -> dict[str, Any]:
+def _constants(scheme: str, symmetric: bool, given: bool = False) -> dict[str, Any]:
     form = FORMATS[scheme]
+    power_of_two = form.scale == "power_of_two"
     return {
         "KIND": form.kind,
         "SYMMETRIC": symmetric,
         "TOP": form.top(symmetric),
         "MANTISSA": form.mantissa,
         "MIN_EXPONENT": form.min_exponent,
+        "BINADE": math.frexp(form.largest)[1] - 1 if power_of_two else -1,
+        "GIVEN": given,
     }
 
 
@@ -217,21 +256,28 @@ def _geometry(group: int) -> tuple[Any, dict[str, int]]:
 
 
 def launch(
-    out: Tensor, tensor: Tensor, scheme: str, group: int, symmetric: bool, options: dict[str, Any]
+    out: Tensor,
+    tensor: Tensor,
+    scheme: str,
+    group: int,
+    symmetric: bool,
+    scales: Tensor | None,
+    options: dict[str, Any],
 ) -> None:
     """Launch the kernel for groups of this length; the device is current."""
     kernel, constants = _geometry(group)
-    constants |= _constants(scheme, symmetric)
+    constants |= _constants(scheme, symmetric, scales is not None)
+    first = (out, tensor, tensor if scales is None else scales)
     groups = tensor.numel() // group
     if kernel is groups_kernel:
         grid = (triton.cdiv(groups, constants["ROWS"]),)
-        kernel[grid](out, tensor, groups, **constants, **options)
+        kernel[grid](*first, groups, **constants, **options)
     elif kernel is streamed_kernel:
-        kernel[(groups,)](out, tensor, **constants, **options)
+        kernel[(groups,)](*first, **constants, **options)
     else:
         low, high = (end.float() for end in tensor.view(groups, group).aminmax(dim=1))
         tiles = triton.cdiv(group, TILE)
-        kernel[(groups * tiles,)](out, tensor, low, high, group, tiles, **constants, **options)
+        kernel[(groups * tiles,)](*first, low, high, group, tiles, **constants, **options)
 
 
 _SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -257,7 +303,7 @@ def variants() -> list[Variant]:
     for (scheme, symmetric, group, name), dtype in product(_VARIANTS, _SHORT_NAMES):
         kernel, constants = _geometry(group)
         short = _SHORT_NAMES[dtype]
-        signature = {"out": f"*{short}", "src": f"*{short}"}
+        signature = {"out": f"*{short}", "src": f"*{short}", "scales": "*fp32"}
         if kernel is groups_kernel:
             signature |= {"groups": "i32"}
         elif kernel is spread_kernel:
