@@ -43,8 +43,10 @@ def test_conditions() -> None:
     assert names == ["clean", "w0.05/0", "w0.05/1", "w0.1/0", "w0.1/1", "int8", "int4"]
     condition = Condition.quantized("int4-asym-g128")
     assert (condition.level, condition.draw, condition.family) == (4.0, None, "int4-asym-g128")
-    for bad in ("int1", "nf4", "int4-g0", "int4-g"):
-        with pytest.raises(ValueError, match="scheme"):
+    assert Condition.quantized("nf4-double").level == 4.0
+    assert Condition.quantized("mxfp4-g16").family == "mxfp4-g16"
+    for bad in ("int1", "nf5", "int4-g0", "int4-g", "nf4-asym", "int4-double", "int4-g8-asym"):
+        with pytest.raises(ValueError, match="scheme|expected -asym of an integer format"):
             Condition.quantized(bad)
     with pytest.raises(ValueError, match="draw"):
         Condition("w1", "weight_noise", 1.0)

@@ -15,15 +15,17 @@ FLOORS = {
     "formats": 0,
     "backends": 1,
     "ops": 2,
+    "scales": 2,
     "quantize": 3,
     "modes": 3,
     "replay": 3,
+    "views": 4,
     "optim": 4,
-    "robustness": 4,
-    "refine": 5,
-    "pipeline": 6,
-    "cli": 7,
-    "__main__": 8,
+    "robustness": 5,
+    "refine": 6,
+    "pipeline": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 # Helpers beside the stairs: they import nothing of the house but the floors named here.
 HELPERS = {

@@ -14,7 +14,7 @@ from zo_kernels.refine import checkpoint
 from zo_kernels.refine.align import AlignConfig, align, learning_rate_factor
 from zo_kernels.refine.records import MetricsLog, read_records
 from zo_kernels.refine.refiner import RefineConfig, ZORefiner, select_parameters
-from zo_kernels.robustness.perturbations import linear_weights
+from zo_kernels.views import linear_weights
 
 EXAMPLES = [
     chat.Example("how do i open a door", "turn the key and push it", chat.HARMLESS),

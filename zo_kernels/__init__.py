@@ -10,6 +10,7 @@ from zo_kernels.noise import NOISE_SPEC, stream_id
 from zo_kernels.ops import combine_, normal, perturb_, rademacher, random_words
 from zo_kernels.optim import ZOSGD, StepRecord
 from zo_kernels.quantize import fake_quant
+from zo_kernels.views import perturbed, quantized
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,8 @@ __all__ = [
     "fake_quant",
     "normal",
     "perturb_",
+    "perturbed",
+    "quantized",
     "rademacher",
     "random_words",
     "stream_id",

@@ -60,8 +60,9 @@ class DualWeights(StreamedWeights):
         super().__init__(slots, scales, scratch=own.scratch, **options)
         self._own, self._other = own, other
 
-    def _perturbed(self, parts: Sequence[Part]) -> list[Tensor]:
-        keys = [(part.slot.stream, part.offset, part.source.shape) for part in parts]
+    def copies(self, parts: Sequence[Part]) -> list[Tensor]:
+        """Perturbed copies, made here or by the other side."""
+        keys = [(id(part.parameter), part.offset, part.source.shape) for part in parts]
         if self._own.prepared is None and self._other.prepared is not None:
             self._wait()
         if self._other.error is not None:
@@ -70,7 +71,7 @@ class DualWeights(StreamedWeights):
         if ready is not None and ready[0] == keys:
             return ready[1]
         if self._other.done or self._other.prepared is not None:
-            return super()._perturbed(parts)
+            return super().copies(parts)
         shapes = [(part.source.shape, part.source) for part in parts]
         mine, theirs = self._own.scratch.allocate(shapes), self._other.scratch.allocate(shapes)
         for device, members in places(part.source.device for part in parts).items():
@@ -79,10 +80,10 @@ class DualWeights(StreamedWeights):
                     [mine[i] for i in members],
                     [theirs[i] for i in members],
                     [parts[i].source for i in members],
-                    [parts[i].scale for i in members],
+                    [self._scales[id(parts[i].parameter)] for i in members],
                     seed=self._seed,
                     direction=self._direction,
-                    streams=[parts[i].slot.stream for i in members],
+                    streams=[self._streams[id(parts[i].parameter)] for i in members],
                     offsets=[parts[i].offset for i in members],
                     distribution=self._distribution,
                 )
@@ -117,6 +118,7 @@ class DualMode(StreamedMode):
         Raises:
             RuntimeError: if the closure reads none of the parameters through torch functions.
         """
+        self.expect_alone()
         plus, minus = Side(self._scratch), Side(self._other_scratch)
         losses: dict[float, float] = {}
 

@@ -1,16 +1,18 @@
-"""Weights that are never touched: perturbed copies exist only while an operation reads them.
+"""Weights that are never touched: changed copies exist only while an operation reads them.
 
 A ``TorchFunctionMode`` sees every torch function the model calls. Where an argument is one of the
-perturbed parameters, a copy ``round(w + scale * z)`` is written into a scratch buffer shared by all
-of them, and the function gets the copy. Extra memory is what one operation needs, at most the
-largest leaf; a crash, a NaN or Ctrl-C cannot damage the model; no module has to be known, so tied
-weights, stacked experts and functional code work alike.
+parameters, a changed copy, such as ``round(w + scale * z)``, is written into a scratch buffer
+shared by all of them, and the function gets the copy. Extra memory is what one operation needs, at
+most the largest leaf; a crash, a NaN or Ctrl-C cannot damage the model; no module has to be known,
+so tied weights, stacked experts and functional code work alike.
 """
 
 from __future__ import annotations
 
+import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,15 +76,170 @@ class Scratch:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Contiguous elements of a parameter that an operation reads: from which, and from where."""
+    """Contiguous elements of a parameter that an operation reads, from number ``offset`` on."""
 
+    parameter: Tensor
     source: Tensor
-    slot: Slot
-    scale: float
     offset: int
 
+    @staticmethod
+    def whole(parameter: Tensor) -> Part:
+        """All of it."""
+        return Part(parameter, untouched(parameter), 0)
 
-class StreamedWeights(TorchFunctionMode):
+
+def untouched(parameter: Tensor) -> Tensor:
+    """The parameter's own values, in whatever contexts."""
+    with torch._C.DisableTorchFunction():
+        return parameter.detach()
+
+
+class _Active(threading.local):
+    """The innermost context of this thread: torch's modes are a thread's own too."""
+
+    reads: StreamedReads | None = None
+
+
+_active = _Active()
+
+
+class StreamedReads(TorchFunctionMode, ABC):
+    """Context in which parameters read as changed copies of themselves.
+
+    Contexts may be nested: the inner one changes what the outer ones give.
+
+    Args:
+        parameters: by name.
+        scratch: buffer to reuse between contexts; a new one by default.
+
+    ``used`` counts the substitutions made. Reading a parameter's address inside the context
+    (``data_ptr`` and the like) raises RuntimeError, because the caller would see the weights
+    themselves.
+    """
+
+    def __init__(
+        self, parameters: Iterable[tuple[str, Tensor]], scratch: Scratch | None = None
+    ) -> None:
+        super().__init__()
+        self._names = {id(tensor): name for name, tensor in parameters}
+        self._scratch = Scratch() if scratch is None else scratch
+        self._outer: StreamedReads | None = None
+        self.used = 0
+
+    @abstractmethod
+    def fill(self, copies: Sequence[Tensor], parts: Sequence[Part]) -> None:
+        """Write the changed elements of parts of this context's own parameters into copies.
+
+        A part's source may be the copy itself.
+        """
+
+    def divisible(self, parameter: Tensor) -> bool:
+        """Whether a slice of it may be changed alone."""
+        return self._outer is None or self._outer.divisible(parameter)
+
+    def __enter__(self) -> StreamedReads:
+        """Become the innermost context."""
+        self._outer, _active.reads = _active.reads, self
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Give that place back."""
+        super().__exit__(*error)
+        _active.reads, self._outer = self._outer, None
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Call func with changed copies in place of the parameters among its arguments."""
+        kwargs = kwargs or {}
+        found = self._find(args)
+        if kwargs:
+            found |= self._find(kwargs.values())
+        if not found or func in _METADATA:
+            return func(*args, **kwargs)
+        if func in _ADDRESSES:
+            name = self._name(next(iter(found)))
+            raise RuntimeError(
+                f"mode 'streamed': {getattr(func, '__name__', func)} takes the address of "
+                f"'{name}', whose changed copy exists only inside torch functions; use a mode "
+                "that keeps perturbed weights in place"
+            )
+        self._count(found)
+        if func is F.embedding and self._looked_up(*args, **kwargs):
+            return self._embedding(*args, **kwargs)
+        if func is Tensor.__getitem__ and isinstance(args[1], int) and self.divisible(args[0]):
+            return self._row(args[0], args[1])
+        parts = [Part.whole(t) for t in found.values()]
+        copies = dict(zip(found, self.copies(parts), strict=True))
+        result = func(*_replace(args, copies), **_replace(kwargs, copies))
+        self._scratch.give_away_if_aliased(result)
+        return result
+
+    def copies(self, parts: Sequence[Part]) -> list[Tensor]:
+        """A changed copy of each part, in the scratch."""
+        copies = self._scratch.allocate([(part.source.shape, part.source) for part in parts])
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            self._fill_all(copies, parts)
+        return copies
+
+    def _fill_all(self, copies: Sequence[Tensor], parts: Sequence[Part]) -> None:
+        """``fill`` of the outer contexts, then of this one, each for its own parameters."""
+        changed: set[int] = set()
+        if self._outer is not None:
+            changed = {i for i, part in enumerate(parts) if self._outer.covers(part.parameter)}
+            self._outer._fill_all([copies[i] for i in changed], [parts[i] for i in changed])
+        own = [i for i, part in enumerate(parts) if id(part.parameter) in self._names]
+        if own:
+            given = [replace(parts[i], source=copies[i]) if i in changed else parts[i] for i in own]
+            self.fill([copies[i] for i in own], given)
+
+    def covers(self, parameter: object) -> bool:
+        """Whether this context or an outer one changes it."""
+        own = id(parameter) in self._names
+        return own or (self._outer is not None and self._outer.covers(parameter))
+
+    def _name(self, key: int) -> str:
+        return self._names[key] if key in self._names or not self._outer else self._outer._name(key)
+
+    def _count(self, found: Iterable[int]) -> None:
+        found = list(found)
+        self.used += sum(key in self._names for key in found)
+        if self._outer is not None:
+            self._outer._count(found)
+
+    def _find(self, arguments: Iterable[object]) -> dict[int, Tensor]:
+        """The parameters among arguments and in lists among them, by id."""
+        found = {}
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                if self.covers(argument):
+                    found[id(argument)] = argument
+            elif isinstance(argument, (list, tuple)):
+                found |= self._find(argument)
+        return found
+
+    def _looked_up(self, ids: Tensor, weight: Tensor, *rest: Any, **kwargs: Any) -> bool:
+        """Whether only the table is a parameter and fewer rows are read than it has."""
+        max_norm = rest[1] if len(rest) > 1 else kwargs.get("max_norm")
+        known = self.covers(weight) and not self.covers(ids) and self.divisible(weight)
+        return known and max_norm is None and ids.numel() < weight.shape[0]
+
+    def _embedding(self, ids: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Changes only the rows that are looked up (padding_idx and the like act on gradients)."""
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        table, width = untouched(weight), weight.shape[1]
+        numbers = unique.tolist()
+        rows = self.copies([Part(weight, table[n], n * width) for n in numbers])
+        return F.embedding(inverse, torch.stack(rows) if rows else table[:0])
+
+    def _row(self, stacked: Tensor, index: int) -> Tensor:
+        """One slice of a stacked parameter (an expert), in a tensor of its own."""
+        source = untouched(stacked)[index]
+        start = (index % stacked.shape[0]) * source.numel()
+        return self.copies([Part(stacked, source, start)])[0].clone()
+
+
+class StreamedWeights(StreamedReads):
     """Context in which the slots' parameters read as ``round(w + scale * z)``.
 
     Args:
@@ -90,10 +247,6 @@ class StreamedWeights(TorchFunctionMode):
         scales: factor of z for each.
         seed, direction, backend, distribution: of the noise.
         scratch: buffer to reuse between contexts; a new one by default.
-
-    ``used`` counts the substitutions made. Reading a parameter's address inside the context
-    (``data_ptr`` and the like) raises RuntimeError, because the caller would see unperturbed
-    weights.
     """
 
     def __init__(
@@ -107,8 +260,12 @@ class StreamedWeights(TorchFunctionMode):
         distribution: str = "normal",
         scratch: Scratch | None = None,
     ) -> None:
-        super().__init__()
-        self._slots = {id(s.tensor): (s, c) for s, c in zip(slots, scales, strict=True)}
+        super().__init__([(slot.name, slot.tensor) for slot in slots], scratch)
+        for slot, scale in zip(slots, scales, strict=True):
+            check_tensor(f"'{slot.name}'", slot.tensor)
+            expect_finite(f"scale of '{slot.name}'", scale)
+        self._streams = {id(slot.tensor): slot.stream for slot in slots}
+        self._scales = {id(s.tensor): scale for s, scale in zip(slots, scales, strict=True)}
         self._seed, self._direction, self._distribution = seed, direction, distribution
         # Straight to the backend: a model has hundreds of operations a forward, and what the
         # public op checks is checked here once.
@@ -116,93 +273,23 @@ class StreamedWeights(TorchFunctionMode):
             device: ops.backend_for(device, backend)
             for device in {slot.tensor.device for slot in slots}
         }
-        for slot, scale in zip(slots, scales, strict=True):
-            check_tensor(f"'{slot.name}'", slot.tensor)
-            expect_finite(f"scale of '{slot.name}'", scale)
-        self._scratch = Scratch() if scratch is None else scratch
-        self.used = 0
 
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        """Call func with perturbed copies in place of the parameters among its arguments."""
-        kwargs = kwargs or {}
-        found = self._find(args)
-        if kwargs:
-            found |= self._find(kwargs.values())
-        if not found or func in _METADATA:
-            return func(*args, **kwargs)
-        if func in _ADDRESSES:
-            name = self._slots[next(iter(found))][0].name
-            raise RuntimeError(
-                f"mode 'streamed': {getattr(func, '__name__', func)} takes the address of "
-                f"'{name}', whose perturbed copy exists only inside torch functions; use a mode "
-                "that keeps perturbed weights in place"
-            )
-        self.used += len(found)
-        if func is F.embedding and self._looked_up(*args, **kwargs):
-            return self._embedding(*args, **kwargs)
-        if func is Tensor.__getitem__ and isinstance(args[1], int):
-            return self._row(args[0], args[1])
-        parts = [self._part(t, t.detach(), 0) for t in found.values()]
-        copies = dict(zip(found, self._perturbed(parts), strict=True))
-        result = func(*_replace(args, copies), **_replace(kwargs, copies))
-        self._scratch.give_away_if_aliased(result)
-        return result
-
-    def _find(self, arguments: Iterable[object]) -> dict[int, Tensor]:
-        """The parameters among arguments and in lists among them, by id."""
-        found = {}
-        for argument in arguments:
-            if id(argument) in self._slots:
-                found[id(argument)] = argument
-            elif isinstance(argument, (list, tuple)):
-                found |= self._find(argument)
-        return found
-
-    def _perturbed(self, parts: Sequence[Part]) -> list[Tensor]:
-        """A perturbed copy of each part, in the scratch."""
-        copies = self._scratch.allocate([(part.source.shape, part.source) for part in parts])
+    def fill(self, copies: Sequence[Tensor], parts: Sequence[Part]) -> None:
+        """One launch for each device."""
         for device, members in places(part.source.device for part in parts).items():
-            with torch.no_grad():
-                self._rooms[device].combine_(
-                    [copies[i] for i in members],
-                    [parts[i].source for i in members],
-                    [[parts[i].scale] for i in members],
-                    seed=self._seed,
-                    directions=[self._direction],
-                    streams=[parts[i].slot.stream for i in members],
-                    offsets=[parts[i].offset for i in members],
-                    src_scale=1.0,
-                    stochastic=False,
-                    distribution=self._distribution,
-                    changes=None,
-                )
-        return copies
-
-    def _part(self, parameter: Tensor, source: Tensor, offset: int) -> Part:
-        slot, scale = self._slots[id(parameter)]
-        return Part(source, slot, scale, offset)
-
-    def _looked_up(self, ids: Tensor, weight: Tensor, *rest: Any, **kwargs: Any) -> bool:
-        """Whether only the table is a parameter and fewer rows are read than it has."""
-        max_norm = rest[1] if len(rest) > 1 else kwargs.get("max_norm")
-        known = id(weight) in self._slots and id(ids) not in self._slots
-        return known and max_norm is None and ids.numel() < weight.shape[0]
-
-    def _embedding(self, ids: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Perturbs only the rows that are looked up (padding_idx and the like act on gradients)."""
-        unique, inverse = torch.unique(ids, return_inverse=True)
-        table, width = weight.detach(), weight.shape[1]
-        numbers = unique.tolist()
-        rows = self._perturbed([self._part(weight, table[n], n * width) for n in numbers])
-        return F.embedding(inverse, torch.stack(rows) if rows else table[:0])
-
-    def _row(self, stacked: Tensor, index: int) -> Tensor:
-        """One slice of a stacked parameter (an expert), in a tensor of its own."""
-        source = stacked.detach()[index]
-        start = (index % stacked.shape[0]) * source.numel()
-        return self._perturbed([self._part(stacked, source, start)])[0].clone()
+            self._rooms[device].combine_(
+                [copies[i] for i in members],
+                [parts[i].source for i in members],
+                [[self._scales[id(parts[i].parameter)]] for i in members],
+                seed=self._seed,
+                directions=[self._direction],
+                streams=[self._streams[id(parts[i].parameter)] for i in members],
+                offsets=[parts[i].offset for i in members],
+                src_scale=1.0,
+                stochastic=False,
+                distribution=self._distribution,
+                changes=None,
+            )
 
 
 class StreamedMode(Mode):
@@ -223,6 +310,7 @@ class StreamedMode(Mode):
         Raises:
             RuntimeError: if the closure reads none of the parameters through torch functions.
         """
+        self.expect_alone()
         losses = []
         for sign in (1.0, -1.0):
             with StreamedWeights(
@@ -237,6 +325,14 @@ class StreamedMode(Mode):
                 losses.append(loss_value(closure()))
             self.expect_used(weights, slots)
         return losses[0], losses[1]
+
+    def expect_alone(self) -> None:
+        """RuntimeError inside another context that changes what parameters read as."""
+        if _active.reads is not None:
+            raise RuntimeError(
+                f"mode '{self.name}': expected a step outside of zk.perturbed and zk.quantized, "
+                "which change what the weights read as; enter them within the closure"
+            )
 
     def expect_used(self, weights: StreamedWeights, slots: Sequence[Slot]) -> None:
         """RuntimeError if no operation of the closure read a parameter."""

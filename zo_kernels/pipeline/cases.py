@@ -102,7 +102,6 @@ class Case:
         run: makes the pass and returns what it wrote.
         passes: how many of MeZO's passes do the same; 0 if none does.
         multiple: the number of elements must be a multiple of it; it divides ALIGNMENT.
-        backends: those that have the operation.
     """
 
     name: str
@@ -111,7 +110,6 @@ class Case:
     run: Callable[[Buffers], Tensor]
     passes: int = 1
     multiple: int = 1
-    backends: tuple[str, ...] = ops.BACKENDS
 
 
 _F32, _BF16, _F16 = ops.DTYPES

@@ -20,7 +20,7 @@ from zo_kernels.optim import ZOSGD, named_parameters
 from zo_kernels.refine.checkpoint import pad_id
 from zo_kernels.refine.records import Progress
 from zo_kernels.replay import read_log
-from zo_kernels.robustness.perturbations import linear_weights
+from zo_kernels.views import linear_weights
 
 SCHEDULES = ("constant", "cosine")
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from zo_kernels.formats import FORMATS
 from zo_kernels.robustness.metrics import REFUSAL_LISTS
-from zo_kernels.robustness.perturbations import NOISE_KINDS
+from zo_kernels.views import NOISE_KINDS
 
 CLEAN, WEIGHT_NOISE, QUANTIZED = "clean", "weight_noise", "quantized"
-_SCHEME = re.compile(r"int([2-8])(-asym)?(?:-g([1-9]\d*))?")
+_SCHEME = re.compile(rf"({'|'.join(FORMATS)})(-asym|-double)?(?:-g([1-9]\d*))?")
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,35 @@ class Condition:
 
     @staticmethod
     def quantized(scheme: str) -> Condition:
-        """Round to nearest, named int<bits 2..8>[-asym][-g<group size>]; ValueError otherwise."""
-        return Condition(scheme, QUANTIZED, float(parse_scheme(scheme)["bits"]))
+        """Round to nearest, named as ``parse_scheme`` has it; ValueError otherwise."""
+        return Condition(scheme, QUANTIZED, float(FORMATS[parse_scheme(scheme)["scheme"]].bits))
 
 
-def parse_scheme(scheme: str) -> dict[str, Any]:
-    """Turn a scheme name such as "int4" or "int4-asym-g128" into `round_to_nearest` arguments."""
-    match = _SCHEME.fullmatch(scheme)
+def parse_scheme(name: str) -> dict[str, Any]:
+    """Turn a scheme's name into the arguments of ``zk.quantized``.
+
+    <format>[-asym | -double][-g<group size>], with a format of ``zk.fake_quant``: "int4",
+    "int4-asym-g128", "nf4-double", "mxfp4".
+
+    Raises:
+        ValueError: another name, "-asym" of a format without zero points, or "-double" of another
+            than nf4.
+    """
+    match = _SCHEME.fullmatch(name)
     if match is None:
-        raise ValueError(f"expected a scheme int<bits 2..8>[-asym][-g<group size>], got {scheme!r}")
-    bits, asymmetric, group = match.groups()
+        raise ValueError(
+            f"expected a scheme <format>[-asym|-double][-g<group size>] with a format out of "
+            f"{tuple(FORMATS)}, got {name!r}"
+        )
+    scheme, variant, group = match.groups()
+    if (variant == "-asym" and FORMATS[scheme].kind != "int") or (
+        variant == "-double" and scheme != "nf4"
+    ):
+        raise ValueError(f"{name!r}: expected -asym of an integer format or -double of nf4")
     return {
-        "bits": int(bits),
-        "symmetric": asymmetric is None,
+        "scheme": scheme,
+        "symmetric": variant != "-asym",
+        "double_quant": variant == "-double",
         "group_size": int(group) if group else None,
     }
 
@@ -88,7 +105,7 @@ class EvaluationConfig:
         noise: noise scales, in the unit of `noise_kind`.
         draws: noise draws a level; 3 is the least that gives a usable standard error.
         noise_seed: the noise's seed, the same for all checkpoints that are to be compared.
-        noise_kind: "abs", "rel_std" or "rel_norm", see `perturbations.noise_std`.
+        noise_kind: "abs", "rel_std" or "rel_norm", see `views.noise_std`.
         noise_on: "linear" (weights of the decoder blocks' linears) or "all" parameters.
         quantization: scheme names, see `parse_scheme`; always on the decoder blocks' linears.
         max_new_tokens: answer length limit in tokens.

@@ -26,7 +26,7 @@ from zo_kernels.robustness.conditions import (
     parse_scheme,
 )
 from zo_kernels.robustness.metrics import Progress, eval_mode, generate, is_refusal, perplexity
-from zo_kernels.robustness.perturbations import round_to_nearest, weight_noise
+from zo_kernels.views import perturbed, quantized
 
 __all__ = [
     "METRICS",
@@ -245,14 +245,14 @@ def _perturbed(
     if condition.kind == CLEAN:
         return nullcontext()
     if condition.kind == QUANTIZED:
-        return round_to_nearest(model, **parse_scheme(condition.name))
-    return weight_noise(
+        return quantized(model, **parse_scheme(condition.name))
+    return perturbed(
         model,
         sigma=condition.level,
         seed=config.noise_seed,
         draw=condition.draw,
         kind=config.noise_kind,
-        parameters=dict(model.named_parameters()) if config.noise_on == "all" else None,
+        parameters="*" if config.noise_on == "all" else None,
     )
 
 
