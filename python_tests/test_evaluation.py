@@ -46,7 +46,7 @@ def test_conditions() -> None:
     assert Condition.quantized("nf4-double").level == 4.0
     assert Condition.quantized("mxfp4-g16").family == "mxfp4-g16"
     for bad in ("int1", "nf5", "int4-g0", "int4-g", "nf4-asym", "int4-double", "int4-g8-asym"):
-        with pytest.raises(ValueError, match="scheme|expected -asym of an integer format"):
+        with pytest.raises(ValueError, match=r"scheme|expected -asym of an integer format"):
             Condition.quantized(bad)
     with pytest.raises(ValueError, match="draw"):
         Condition("w1", "weight_noise", 1.0)

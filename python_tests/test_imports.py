@@ -21,11 +21,12 @@ FLOORS = {
     "replay": 3,
     "views": 4,
     "optim": 4,
-    "robustness": 5,
-    "refine": 6,
-    "pipeline": 7,
-    "cli": 8,
-    "__main__": 9,
+    "activations": 5,
+    "robustness": 6,
+    "refine": 7,
+    "pipeline": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 # Helpers beside the stairs: they import nothing of the house but the floors named here.
 HELPERS = {

@@ -6,6 +6,7 @@ optimizer = zk.ZOSGD(model.named_parameters(), lr=1e-6, eps=1e-3)
 loss = optimizer.step(lambda: model(**batch).loss)
 """
 
+from zo_kernels.activations import perturbed_activations, quantized_activations
 from zo_kernels.noise import NOISE_SPEC, stream_id
 from zo_kernels.ops import combine_, normal, perturb_, rademacher, random_words
 from zo_kernels.optim import ZOSGD, StepRecord
@@ -23,7 +24,9 @@ __all__ = [
     "normal",
     "perturb_",
     "perturbed",
+    "perturbed_activations",
     "quantized",
+    "quantized_activations",
     "rademacher",
     "random_words",
     "stream_id",

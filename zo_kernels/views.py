@@ -245,7 +245,7 @@ def linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
             wanted.update(
                 id(module.weight)
                 for module in block.modules()
-                if module is not block and (isinstance(module, nn.Linear) or _is_conv1d(module))
+                if module is not block and is_linear(module)
             )
     wanted -= excluded
     found = {
@@ -300,6 +300,11 @@ def _expect_used(view: StreamedReads, what: str, names: Sequence[str]) -> None:
             f"({len(names)} weights in all), but no torch function read one of them; a model "
             "compiled by torch.compile does not go through torch functions"
         )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is an ``nn.Linear`` or a transformers ``Conv1D``."""
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

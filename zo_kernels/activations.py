@@ -1,0 +1,188 @@
+"""A model as if its activations were noisy or quantised: contexts, for evaluation.
+
+    with zk.perturbed_activations(model, alpha=0.05, seed=0):
+        evaluate(model)
+    with zk.quantized(model, "int4"), zk.quantized_activations(model, "int4"):  # W4A4
+        evaluate(model)
+
+Both hang hooks on modules for the length of the block and take them off on any way out; weights are
+not touched. They nest with each other and with ``zk.perturbed`` and ``zk.quantized``.
+
+Activation noise has an address like all noise of this package: (seed, direction, stream, index)
+with direction = ``EVAL_ACTIVATION_NOISE`` + draw, the stream of the block's name and
+index = forward * 2^34 + the element's number in the block's output, where ``forward`` counts the
+block's calls within the context. So it is fresh in every forward and every decoding step, the same
+on every device, and the same again when the same calls are made in a new context; it is not the
+same for an example in another batch or behind other padding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_kernels import ops
+from zo_kernels.noise import EVAL_ACTIVATION_NOISE, RESERVED_RANGE, assign_streams
+from zo_kernels.quantize import fake_quant
+from zo_kernels.views import is_linear
+
+_FORWARD = 1 << 34  # elements of noise that a forward of a block may take
+
+
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The decoder blocks of a model by name: what its outermost ``nn.ModuleList``s hold.
+
+    Elements without a linear layer below them are left out.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found: dict[str, nn.Module] = {}
+    lists: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{n}.") for n in lists):
+            continue
+        lists.append(name)
+        for key, block in module.named_children():
+            if any(is_linear(m) for m in block.modules() if m is not block):
+                found[f"{name}.{key}"] = block
+    if not found:
+        raise ValueError(
+            "no decoder blocks: expected an nn.ModuleList whose elements have linear layers, got "
+            f"{type(model).__name__} without any"
+        )
+    return found
+
+
+@contextmanager
+def perturbed_activations(
+    model: nn.Module,
+    *,
+    alpha: float,
+    seed: int,
+    draw: int = 0,
+    blocks: Sequence[str] | None = None,
+    backend: str | None = None,
+) -> Iterator[list[str]]:
+    """Add Gaussian noise to the outputs of decoder blocks, for the length of a ``with`` block.
+
+    h' = round(h + alpha * std(h) * z), in float32 and rounded once to the output's dtype, where
+    std is over the hidden dimension of each token (population, in float32). Where alpha * std is
+    0 (padding, alpha = 0) h' = h.
+
+    Args:
+        model: the model; a block's output is a tensor (..., hidden), or a tuple with it first.
+        alpha: noise scale in units of each token's standard deviation, >= 0.
+        seed: 0 <= seed < 2**64.
+        draw: which draw, 0 <= draw < 2**28.
+        blocks: names out of ``decoder_blocks(model)``; None: all of them.
+        backend: of the noise, as in ``zk.normal``; None: by device.
+
+    Yields:
+        The names of the blocks.
+
+    Raises:
+        ValueError: alpha, seed or draw out of range, or a name that is no decoder block's.
+        TypeError: within the block, if an output is not a floating-point tensor.
+    """
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
+    if not 0 <= draw < RESERVED_RANGE:
+        raise ValueError(f"draw: expected 0 <= draw < 2**28, got {draw}")
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed: expected 0 <= seed < 2**64, got {seed}")
+    everything = decoder_blocks(model)
+    streams = assign_streams(list(everything))
+    names = list(everything) if blocks is None else list(blocks)
+    unknown = [name for name in names if name not in everything]
+    if unknown:
+        raise ValueError(f"blocks: expected names out of {list(everything)}, got {unknown}")
+    with ExitStack() as hooks:
+        for name in names:
+            noise = _Noise(
+                alpha=alpha,
+                seed=seed,
+                direction=EVAL_ACTIVATION_NOISE + draw,
+                stream=streams[name],
+                name=name,
+                backend=backend,
+            )
+            hooks.callback(everything[name].register_forward_hook(noise).remove)
+        yield names
+
+
+class _Noise:
+    """The forward hook of one block."""
+
+    def __init__(self, *, alpha: float, name: str, backend: str | None, **address: int) -> None:
+        self._alpha, self._name, self._backend, self._address = alpha, name, backend, address
+        self._forwards = 0
+
+    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if not (isinstance(hidden, Tensor) and hidden.is_floating_point()):
+            raise TypeError(
+                f"'{self._name}': expected a floating-point tensor as output, or first in a tuple, "
+                f"got {type(hidden).__name__}"
+            )
+        offset, self._forwards = self._forwards * _FORWARD, self._forwards + 1
+        z = ops.normal(
+            hidden.numel(),
+            **self._address,
+            offset=offset,
+            backend=self._backend,
+            device=hidden.device,
+        ).view(hidden.shape)
+        exact = hidden.float()
+        scale = self._alpha * exact.std(dim=-1, correction=0, keepdim=True)
+        noisy = torch.where(scale > 0, exact + scale * z, exact).to(hidden.dtype)
+        return (noisy, *output[1:]) if isinstance(output, tuple) else noisy
+
+
+@contextmanager
+def quantized_activations(
+    model: nn.Module, scheme: str = "int8", *, symmetric: bool = True, backend: str | None = None
+) -> Iterator[list[str]]:
+    """Fake-quantise the inputs of the decoder blocks' linears, for the length of a ``with`` block.
+
+    Dynamic and per token: each token's vector is one group of ``zk.fake_quant``, whose scale comes
+    from it alone. With ``zk.quantized`` this is W8A8, W4A4 and so on.
+
+    Args:
+        model: the model; inputs are float32, bfloat16 or float16.
+        scheme, symmetric, backend: as in ``zk.fake_quant``.
+
+    Yields:
+        The names of the modules.
+
+    Raises:
+        ValueError, TypeError: as ``zk.fake_quant``, naming the module; unknown options at once,
+            non-finite inputs within the block.
+    """
+    chosen = {
+        f"{block}.{name}": module
+        for block, part in decoder_blocks(model).items()
+        for name, module in part.named_modules()
+        if name and is_linear(module)
+    }
+    options = {"group_size": "row", "symmetric": symmetric, "backend": backend}
+    fake_quant(torch.zeros(1, 1), scheme, **{**options, "backend": None})
+
+    def hook_of(name: str) -> Any:
+        def quantize(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            x = arguments[0].detach()
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
+            result = fake_quant(rows, scheme, name=f"input of '{name}'", **options)
+            return (result.view(x.shape), *arguments[1:])
+
+        return quantize
+
+    with ExitStack() as hooks:
+        for name, module in chosen.items():
+            hooks.callback(module.register_forward_pre_hook(hook_of(name)).remove)
+        yield list(chosen)
