@@ -74,6 +74,10 @@ FAKE_QUANT = [
     "fake_quant fp32 nf4 g64",
     "fake_quant bf16 fp8_e4m3 row 4096",
     "fake_quant fp16 fp8_e5m2 g128",
+    "fake_quant bf16 mxfp4 g32",
+    "fake_quant bf16 nvfp4 g16",
+    "fake_quant fp32 nvfp4 g16",
+    "fake_quant bf16 nf4 double g64",
 ]
 
 

@@ -25,6 +25,7 @@ from compiled_route import Route, compile_set
 
 from zo_kernels.backends import triton as room
 from zo_kernels.backends.triton import launch, quantize
+from zo_kernels.scales import scales_of_scales
 
 # One of each kernel and kind of format; the accesses of src and out in each.
 WIDE = [
@@ -35,6 +36,8 @@ WIDE = [
     "fake_quant fp16 int8 tensor",
     "fake_quant bf16 nf4 g64",
     "fake_quant bf16 fp8_e4m3 row 4096",
+    "fake_quant bf16 mxfp4 g32",
+    "fake_quant bf16 nvfp4 g16",
 ]
 # In a process of its own: the interpreter takes the kernels' place in this one.
 COMPILE = """
@@ -70,10 +73,13 @@ def test_ptx(opcodes, name):
     found = opcodes[name]
     bad = (".approx", ".ftz", "div.full", "fma.", "mad.f", "rcp.", "ex2.", "lg2.", "sqrt.")
     assert not [op for op in found if any(b in op for b in bad)]
-    assert found["div.rn.f32"] >= 17  # one per element of a lane at least, and one for the scale
+    # One per element of a lane at least, and one for a scale that is a quotient.
+    assert found["div.rn.f32"] >= (16 if "fp4" in name else 17)
     loads = {op: n for op, n in found.items() if op.startswith("ld.global")}
     stores = {op: n for op, n in found.items() if op.startswith("st.global")}
     ends = {"ld.global.b32": 2} if name.endswith("tensor") else {}
+    if "nvfp4" in name:  # scales of groups
+        ends = {op: n for op, n in loads.items() if op == "ld.global.b32"}
     assert loads.keys() - ends == {"ld.global.v4.b32"}
     assert stores.keys() == {"st.global.v4.b32"}
     assert {op: loads[op] for op in ends} == ends
@@ -101,7 +107,16 @@ def test_bits_of_the_compiled_code(compiled, monkeypatch, name):
     group = int(words[-1].lstrip("g")) if words[-1] != "tensor" else 1 << 17
     weight = hard_weights({4096: 5, 11008: 3, 1 << 17: 2}.get(group, 133), group, dtype)
     options = {"symmetric": "asymmetric" not in words}
-    expected = zk.fake_quant(weight, scheme, group_size="row", backend="reference", **options)
+    expected = zk.fake_quant(
+        weight,
+        scheme,
+        group_size="row",
+        double_quant="double" in words,
+        backend="reference",
+        **options,
+    )
+    if "double" in words or scheme == "nvfp4":
+        options["scales"] = scales_of_scales(scheme, room.group_ends(weight, group=group))
     out = torch.empty_like(weight)
     room.fake_quant(out, weight, scheme, group=group, **options)
     assert_same_bits(out, expected)

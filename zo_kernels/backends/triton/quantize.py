@@ -267,7 +267,8 @@ def launch(
     """Launch the kernel for groups of this length; the device is current."""
     kernel, constants = _geometry(group)
     constants |= _constants(scheme, symmetric, scales is not None)
-    first = (out, tensor, tensor if scales is None else scales)
+    # Not looked at where there are none, but a pointer of the right type.
+    first = (out, tensor, tensor.new_empty(1, dtype=torch.float32) if scales is None else scales)
     groups = tensor.numel() // group
     if kernel is groups_kernel:
         grid = (triton.cdiv(groups, constants["ROWS"]),)
@@ -294,6 +295,9 @@ _VARIANTS = [
     ("fp8_e4m3", True, 4096, "fp8_e4m3 row 4096"),
     ("fp8_e4m3", True, 11008, "fp8_e4m3 row 11008"),
     ("fp8_e5m2", True, 128, "fp8_e5m2 g128"),
+    ("mxfp4", True, 32, "mxfp4 g32"),
+    ("nvfp4", True, 16, "nvfp4 g16"),
+    ("nf4", True, 64, "nf4 double g64"),
 ]
 
 
@@ -313,9 +317,10 @@ def variants() -> list[Variant]:
                 name=f"fake_quant {short} {name}",
                 kernel=kernel,
                 signature=signature,
-                constants=constants | _constants(scheme, symmetric),
+                constants=constants
+                | _constants(scheme, symmetric, scheme == "nvfp4" or "double" in name),
                 # group is no pointer, but a multiple of 16 too, as in most matrices.
-                aligned=("out", "src", *(["group"] if kernel is spread_kernel else [])),
+                aligned=("out", "src", "scales", *(["group"] if kernel is spread_kernel else [])),
                 lanes=LANES,
                 bytes_per_element=2.0 * dtype.itemsize,
                 dst_itemsize=dtype.itemsize,
