@@ -1,4 +1,5 @@
-"""Prints as JSON the resident peaks (MB) of a bare forward and of a ZOSGD step on one model.
+"""Prints as JSON the resident peaks (MB) of a bare forward, of a ZOSGD step and of an evaluation
+under 5 noise scales x 3 draws and 6 formats, and whether that left every bit of the model alone.
 
 Usage: python peak_memory.py MODEL_DIRECTORY DTYPE
 """
@@ -9,12 +10,23 @@ import ctypes
 import json
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import zo_kernels as zk
 from zo_kernels.refine.checkpoint import load
+from zo_kernels.replay import fingerprint
+
+SCHEMES = [
+    ("int8", {}),
+    ("int4", {"group_size": 64}),
+    ("int4", {"group_size": 64, "symmetric": False}),
+    ("int3", {"group_size": 64}),
+    ("nf4", {}),
+    ("fp8_e4m3", {}),
+]
 
 
 def resident_peak() -> float:
@@ -42,17 +54,32 @@ def main() -> None:
     def loss() -> torch.Tensor:
         return model(input_ids=ids, labels=ids, use_cache=False).loss
 
-    optimizer = zk.ZOSGD(model.named_parameters(), lr=1e-9, eps=1e-3)
-    peaks = {}
-    for name, run in (("forward", loss), ("step", lambda: optimizer.step(loss))):
-        run()
+    def sweep() -> None:
+        for sigma in (0.01, 0.02, 0.05, 0.1, 0.2):
+            for draw in range(3):
+                with zk.perturbed(model, sigma=sigma, seed=0, draw=draw):
+                    loss()
+        for scheme, options in SCHEMES:
+            with zk.quantized(model, scheme, **options):
+                loss()
+
+    def peak_of(run: Callable[[], object], times: int) -> float:
         reset_peak()
-        for _ in range(2):
+        for _ in range(times):
             run()
-        peaks[name] = resident_peak()
+        return resident_peak()
+
+    loss()
+    peaks = {"forward": peak_of(loss, 2)}
+    before = fingerprint(model.named_parameters())
+    peaks["sweep"] = peak_of(sweep, 1)
+    same = fingerprint(model.named_parameters()) == before
+    optimizer = zk.ZOSGD(model.named_parameters(), lr=1e-9, eps=1e-3)
+    optimizer.step(loss)
+    peaks["step"] = peak_of(lambda: optimizer.step(loss), 2)
     leaf = max(p.numel() * p.element_size() for p in model.parameters()) / 2**20
-    extra = peaks["step"] - peaks["forward"]
-    print(json.dumps({**peaks, "step - forward": extra, "largest leaf": leaf}))
+    extra = {f"{name} - forward": peaks[name] - peaks["forward"] for name in ("step", "sweep")}
+    print(json.dumps({**peaks, **extra, "largest leaf": leaf, "bits kept by the sweep": same}))
 
 
 if __name__ == "__main__":
