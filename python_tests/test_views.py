@@ -137,6 +137,39 @@ def test_what_noisy_weights_read_as(dtype: torch.dtype, kind: str) -> None:
         assert torch.equal(during[name], expected.view(torch.uint8)), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_noise_in_place(dtype: torch.dtype) -> None:
+    """The same weights, where they are, also to what does not go through torch functions."""
+    model, ids = tiny_llama(dtype), torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, :9] = -0.0
+    before = bits(model)
+    with torch.no_grad():
+        with zk.perturbed(model, sigma=0.5, seed=1, draw=2):
+            noisy, read_as = model(ids).logits, read(model)
+        with zk.perturbed(model, sigma=0.5, seed=1, draw=2, in_place=True) as stds:
+            assert len(stds) == 14 and same_bits(bits(model), read_as)
+            assert torch.equal(model(ids).logits, noisy)
+            with zk.quantized(model, "int4"):
+                coarse = read(model)
+        assert same_bits(before, bits(model))
+        with zk.perturbed(model, sigma=0.5, seed=1, draw=2), zk.quantized(model, "int4"):
+            assert same_bits(coarse, read(model))
+    with (
+        pytest.raises(KeyboardInterrupt),
+        zk.perturbed(model, sigma=0.5, seed=1, in_place=True),
+    ):
+        raise KeyboardInterrupt
+    assert same_bits(before, bits(model))
+    with (
+        pytest.raises(RuntimeError, match="in_place: expected False within another"),
+        zk.quantized(model, "int4"),
+        zk.perturbed(model, sigma=0.5, seed=1, in_place=True),
+    ):
+        pass
+    assert same_bits(before, bits(model))
+
+
 @pytest.mark.parametrize(
     "scheme, options",
     [

@@ -20,12 +20,14 @@ import fnmatch
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zo_kernels import ops
 from zo_kernels.checks import check_tensor
-from zo_kernels.modes.base import Slot
+from zo_kernels.modes.base import Slot, uninterrupted
 from zo_kernels.modes.streamed import Part, StreamedReads, StreamedWeights, untouched
 from zo_kernels.moments import standard_deviation
 from zo_kernels.noise import EVAL_WEIGHT_NOISE, RESERVED_RANGE, model_streams
@@ -47,6 +49,7 @@ def perturbed(
     draw: int = 0,
     kind: str = "rel_std",
     parameters: Selection = None,
+    in_place: bool = False,
     backend: str | None = None,
 ) -> Iterator[dict[str, float]]:
     """Let weights read as if Gaussian noise were added, for the length of a ``with`` block.
@@ -64,6 +67,10 @@ def perturbed(
         parameters: what to change: a pattern as of ``fnmatch``, or several, of names as in
             ``model.named_parameters()`` ("*" for all, "*.mlp.*"); a mapping from such names to
             parameters; None: ``linear_weights(model)``.
+        in_place: write the noise into the weights for the length of the block, and take it off
+            again bit for bit (``ops.Held``: a fraction of a byte per weight is kept, more for more
+            noise). For generation, whose every step would make all the copies anew, and for
+            compiled models.
         backend: as in ``zk.combine_``.
 
     Yields:
@@ -72,7 +79,8 @@ def perturbed(
     Raises:
         ValueError, TypeError: as ``noise_std``; seed or draw out of range; a pattern that no name
             matches, or a name without a noise stream in this model.
-        RuntimeError: at the end of the block, if no operation in it read one of the weights.
+        RuntimeError: at the end of the block, if no operation in it read one of the weights; or at
+            once, if in_place within a context that changes what they read as.
     """
     if not 0 <= draw < RESERVED_RANGE:
         raise ValueError(f"draw: expected 0 <= draw < 2**28, got {draw}")
@@ -91,16 +99,40 @@ def perturbed(
     if not noisy:
         yield stds
         return
-    view = StreamedWeights(
-        [Slot(name, chosen[name], streams[name]) for name in noisy],
-        [stds[name] for name in noisy],
-        seed=seed,
-        direction=EVAL_WEIGHT_NOISE + draw,
-        backend=backend,
-    )
+    address = {"seed": seed, "direction": EVAL_WEIGHT_NOISE + draw, "backend": backend}
+    if in_place:
+        with _held(
+            [chosen[name] for name in noisy],
+            [stds[name] for name in noisy],
+            streams=[streams[name] for name in noisy],
+            **address,
+        ):
+            yield stds
+        return
+    slots = [Slot(name, chosen[name], streams[name]) for name in noisy]
+    view = StreamedWeights(slots, [stds[name] for name in noisy], **address)
     with view:
         yield stds
     _expect_used(view, "perturbed", noisy)
+
+
+@contextmanager
+def _held(tensors: Sequence[Tensor], scales: Sequence[float], **address: Any) -> Iterator[None]:
+    """Tensors that hold round(w + scale * z) for the length of a block, and w after it."""
+    if StreamedReads.active():
+        raise RuntimeError(
+            "in_place: expected False within another zk.perturbed or zk.quantized, whose changes "
+            "the noise would precede; enter the context with in_place first"
+        )
+    held = None
+    try:
+        with uninterrupted():
+            held = ops.Held([tensor.detach() for tensor in tensors], scales, **address)
+        yield
+    finally:
+        if held is not None:
+            with uninterrupted():
+                held.release_()
 
 
 @contextmanager

@@ -126,6 +126,11 @@ class StreamedReads(TorchFunctionMode, ABC):
         self._outer: StreamedReads | None = None
         self.used = 0
 
+    @staticmethod
+    def active() -> bool:
+        """Whether this thread is in such a context."""
+        return _active.reads is not None
+
     @abstractmethod
     def fill(self, copies: Sequence[Tensor], parts: Sequence[Part]) -> None:
         """Write the changed elements of parts of this context's own parameters into copies.
@@ -328,7 +333,7 @@ class StreamedMode(Mode):
 
     def expect_alone(self) -> None:
         """RuntimeError inside another context that changes what parameters read as."""
-        if _active.reads is not None:
+        if StreamedReads.active():
             raise RuntimeError(
                 f"mode '{self.name}': expected a step outside of zk.perturbed and zk.quantized, "
                 "which change what the weights read as; enter them within the closure"

@@ -253,6 +253,7 @@ def _perturbed(
         draw=condition.draw,
         kind=config.noise_kind,
         parameters="*" if config.noise_on == "all" else None,
+        in_place=True,
     )
 
 
