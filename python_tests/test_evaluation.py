@@ -11,6 +11,7 @@ from tiny_evaluation import EXAMPLES, TEXT, tiny, tokenizer_of_words
 from torch import nn
 
 from zo_kernels.chat import Example, render
+from zo_kernels.robustness.conditions import parse_scheme
 from zo_kernels.robustness.metrics import perplexity
 from zo_kernels.robustness.suite import Condition, EvaluationConfig, default_conditions, evaluate
 
@@ -44,8 +45,18 @@ def test_conditions() -> None:
     condition = Condition.quantized("int4-asym-g128")
     assert (condition.level, condition.draw, condition.family) == (4.0, None, "int4-asym-g128")
     assert Condition.quantized("nf4-double").level == 4.0
+    assert parse_scheme("int4-g128-a8") == {
+        "scheme": "int4",
+        "symmetric": True,
+        "double_quant": False,
+        "group_size": 128,
+        "activations": "int8",
+    }
+    names = [c.name for c in default_conditions((), 2, ("int8-a8",), (0.05,))]
+    assert names == ["clean", "a0.05/0", "a0.05/1", "int8-a8"]
     assert Condition.quantized("mxfp4-g16").family == "mxfp4-g16"
-    for bad in ("int1", "nf5", "int4-g0", "int4-g", "nf4-asym", "int4-double", "int4-g8-asym"):
+    wrong = ("int1", "nf5", "int4-g0", "int4-g", "nf4-asym", "int4-double", "int4-g8-asym")
+    for bad in (*wrong, "int4-a9"):
         with pytest.raises(ValueError, match=r"scheme|expected -asym of an integer format"):
             Condition.quantized(bad)
     with pytest.raises(ValueError, match="draw"):
@@ -106,6 +117,24 @@ def test_evaluate_noise_settings(tokenizer) -> None:
     for changes in ({"noise_seed": 1}, {"noise_kind": "abs"}, {"noise_on": "all"}):
         clean, noisy = losses(**changes)
         assert clean == default[0] and noisy != default[1], changes
+
+
+def test_evaluate_activations(tokenizer) -> None:
+    """Noise on activations with draws of its own; activations quantised beside weights."""
+    model = tiny("llama")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    wide = config(
+        noise=(), activation_noise=(0.3,), draws=2, quantization=("int4-g16", "int4-g16-a4")
+    )
+    records = evaluate(model, tokenizer, EXAMPLES, TEXT, wide, label="x")
+    found = {record["condition"]: record["refusal_loss"] for record in records}
+    assert list(found) == ["clean", "a0.3/0", "a0.3/1", "int4-g16", "int4-g16-a4"]
+    assert len(set(found.values())) == 5
+    assert [r["kind"] for r in records[1:3]] == ["activation_noise"] * 2
+    again = evaluate(model, tokenizer, EXAMPLES, TEXT, wide, label="x")
+    assert [r["refusal_loss"] for r in again] == list(found.values())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def loss_by_hand(model: nn.Module, tokenizer, example: Example) -> float:

@@ -63,7 +63,9 @@ void half_maxima(const uint32_t* a, const uint32_t* b, uint32_t* out, size_t cou
 void half_minima(const uint32_t* a, const uint32_t* b, uint32_t* out, size_t count) {
   each(a, b, out, count, min_s16);
 }
-void half_orders(const uint32_t* a, uint32_t* out, size_t count) { each(a, out, count, ordered_16); }
+void half_orders(const uint32_t* a, uint32_t* out, size_t count) {
+  each(a, out, count, ordered_16);
+}
 void above_as_floats(const uint32_t* a, const uint32_t* b, uint32_t* out, size_t count) {
   each(a, b, out, count, [](VI x, VI y) { return above(from_bits(x), from_bits(y)); });
 }
@@ -81,8 +83,7 @@ void highests(const uint32_t* a, uint32_t* out, size_t count) {
     out[i / W] = static_cast<uint32_t>(highest(load_u32(a + i)));
 }
 void lowests(const uint32_t* a, uint32_t* out, size_t count) {
-  for (size_t i = 0; i < count; i += W)
-    out[i / W] = static_cast<uint32_t>(lowest(load_u32(a + i)));
+  for (size_t i = 0; i < count; i += W) out[i / W] = static_cast<uint32_t>(lowest(load_u32(a + i)));
 }
 
 // The element of eight that each lane of a names by its low three bits.

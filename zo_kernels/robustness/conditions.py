@@ -12,15 +12,19 @@ from zo_kernels.robustness.metrics import REFUSAL_LISTS
 from zo_kernels.views import NOISE_KINDS
 
 CLEAN, WEIGHT_NOISE, QUANTIZED = "clean", "weight_noise", "quantized"
-_SCHEME = re.compile(rf"({'|'.join(FORMATS)})(-asym|-double)?(?:-g([1-9]\d*))?")
+ACTIVATION_NOISE = "activation_noise"
+NOISES = (WEIGHT_NOISE, ACTIVATION_NOISE)
+"""The kinds that have draws."""
+_SCHEME = re.compile(rf"({'|'.join(FORMATS)})(-asym|-double)?(?:-g([1-9]\d*))?(?:-a([2-8]))?")
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One state of the weights: `kind` clean, weight_noise or quantized.
+    """One state of a model: `kind` clean, weight_noise, activation_noise or quantized.
 
-    `level` is 0 for clean, sigma for weight noise, bits for quantisation; `draw` is None except
-    for weight noise. Names: "clean", "w0.05/0" (sigma/draw), "int4", "int4-asym-g128".
+    `level` is 0 for clean, sigma or alpha for noise, bits for quantisation; `draw` is None except
+    for noise. Names: "clean", "w0.05/0" (sigma/draw), "a0.05/0" (alpha/draw), "int4",
+    "int4-asym-g128", "int4-a8".
     """
 
     name: str
@@ -30,10 +34,11 @@ class Condition:
 
     def __post_init__(self) -> None:
         """Raise ValueError for an unknown kind, or a draw where none belongs or none is given."""
-        if self.kind not in (CLEAN, WEIGHT_NOISE, QUANTIZED):
-            raise ValueError(f"expected kind clean, weight_noise or quantized, got {self.kind!r}")
-        if (self.draw is not None) != (self.kind == WEIGHT_NOISE):
-            raise ValueError(f"expected a draw for weight noise only, got {self}")
+        kinds = (CLEAN, *NOISES, QUANTIZED)
+        if self.kind not in kinds:
+            raise ValueError(f"expected a kind out of {kinds}, got {self.kind!r}")
+        if (self.draw is not None) != (self.kind in NOISES):
+            raise ValueError(f"expected a draw for noise only, got {self}")
 
     @property
     def family(self) -> str:
@@ -46,16 +51,24 @@ class Condition:
         return Condition(f"w{level:g}/{draw}", WEIGHT_NOISE, float(level), draw)
 
     @staticmethod
+    def activation_noise(level: float, draw: int) -> Condition:
+        """Noise of scale `level` on the decoder blocks' outputs, draw number `draw`."""
+        return Condition(f"a{level:g}/{draw}", ACTIVATION_NOISE, float(level), draw)
+
+    @staticmethod
     def quantized(scheme: str) -> Condition:
         """Round to nearest, named as ``parse_scheme`` has it; ValueError otherwise."""
         return Condition(scheme, QUANTIZED, float(FORMATS[parse_scheme(scheme)["scheme"]].bits))
 
 
 def parse_scheme(name: str) -> dict[str, Any]:
-    """Turn a scheme's name into the arguments of ``zk.quantized``.
+    """Turn a scheme's name into the arguments of ``zk.quantized``, and the activations' format.
 
-    <format>[-asym | -double][-g<group size>], with a format of ``zk.fake_quant``: "int4",
-    "int4-asym-g128", "nf4-double", "mxfp4".
+    <format>[-asym | -double][-g<group size>][-a<bits>], with a format of ``zk.fake_quant``:
+    "int4", "int4-asym-g128", "nf4-double", "mxfp4"; "int8-a8" is W8A8.
+
+    Returns:
+        scheme, symmetric, double_quant and group_size; activations: "int<bits>" or None.
 
     Raises:
         ValueError: another name, "-asym" of a format without zero points, or "-double" of another
@@ -64,10 +77,10 @@ def parse_scheme(name: str) -> dict[str, Any]:
     match = _SCHEME.fullmatch(name)
     if match is None:
         raise ValueError(
-            f"expected a scheme <format>[-asym|-double][-g<group size>] with a format out of "
-            f"{tuple(FORMATS)}, got {name!r}"
+            "expected a scheme <format>[-asym|-double][-g<group size>][-a<bits>] with a format "
+            f"out of {tuple(FORMATS)}, got {name!r}"
         )
-    scheme, variant, group = match.groups()
+    scheme, variant, group, bits = match.groups()
     if (variant == "-asym" and FORMATS[scheme].kind != "int") or (
         variant == "-double" and scheme != "nf4"
     ):
@@ -77,6 +90,7 @@ def parse_scheme(name: str) -> dict[str, Any]:
         "symmetric": variant != "-asym",
         "double_quant": variant == "-double",
         "group_size": int(group) if group else None,
+        "activations": f"int{bits}" if bits else None,
     }
 
 
@@ -84,15 +98,22 @@ def default_conditions(
     noise: Sequence[float] = (0.05, 0.1),
     draws: int = 3,
     quantization: Sequence[str] = ("int8", "int4"),
+    activation_noise: Sequence[float] = (),
 ) -> list[Condition]:
-    """List clean, weight noise at each level times `draws` draws, and each quantisation scheme."""
+    """List clean, each noise at each level times `draws` draws, and each quantisation scheme."""
     if draws < 1:
         raise ValueError(f"expected at least one draw, got {draws}")
-    if len({f"{level:g}" for level in noise}) != len(noise):
-        raise ValueError(f"expected noise levels with distinct names, got {list(noise)}")
+    for levels in (noise, activation_noise):
+        if len({f"{level:g}" for level in levels}) != len(levels):
+            raise ValueError(f"expected noise levels with distinct names, got {list(levels)}")
     return [
         Condition("clean", CLEAN, 0.0),
         *(Condition.noise(level, draw) for level in noise for draw in range(draws)),
+        *(
+            Condition.activation_noise(level, draw)
+            for level in activation_noise
+            for draw in range(draws)
+        ),
         *(Condition.quantized(scheme) for scheme in quantization),
     ]
 
@@ -107,6 +128,8 @@ class EvaluationConfig:
         noise_seed: the noise's seed, the same for all checkpoints that are to be compared.
         noise_kind: "abs", "rel_std" or "rel_norm", see `views.noise_std`.
         noise_on: "linear" (weights of the decoder blocks' linears) or "all" parameters.
+        activation_noise: scales of noise on the decoder blocks' outputs, in units of each token's
+            standard deviation.
         quantization: scheme names, see `parse_scheme`; always on the decoder blocks' linears.
         max_new_tokens: answer length limit in tokens.
         batch_size: examples a forward.
@@ -123,6 +146,7 @@ class EvaluationConfig:
     noise_seed: int = 0
     noise_kind: str = "rel_std"
     noise_on: str = "linear"
+    activation_noise: tuple[float, ...] = ()
     quantization: tuple[str, ...] = ("int8", "int4")
     max_new_tokens: int = 48
     batch_size: int = 8
@@ -138,7 +162,9 @@ class EvaluationConfig:
 
         Raises ValueError for a field out of its range.
         """
-        conditions = default_conditions(self.noise, self.draws, self.quantization)
+        conditions = default_conditions(
+            self.noise, self.draws, self.quantization, self.activation_noise
+        )
         families = {condition.family for condition in conditions}
         for field, value, allowed in (
             ("noise_kind", (self.noise_kind,), NOISE_KINDS),

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
+from zo_kernels.robustness.conditions import CLEAN, QUANTIZED, WEIGHT_NOISE
+
 # Okabe and Ito's palette: told apart under the common kinds of colour blindness. Its yellow is
 # left out, being hard to see on white; markers tell the arms apart without any colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -45,7 +47,7 @@ def metric_vs_noise(records: Sequence[dict[str, Any]], arms: Mapping[str, str]) 
     with _matplotlib().rc_context(_STYLE):
         figure = _figure(15, 5.2)
         axes = figure.subplots(1, 3)
-        kinds = [r["noise_kind"] for r in records if r["kind"] == "weight_noise"]
+        kinds = [r["noise_kind"] for r in records if r["kind"] == WEIGHT_NOISE]
         noise_axis = NOISE_AXIS[kinds[0]] if kinds else "noise scale"
         panels = (
             (axes[0], "refusal_loss", 1.0, "refusal loss (nats per token)", "Refusal loss"),
@@ -109,12 +111,13 @@ def _lines(
     axis: Any, records: Sequence[dict[str, Any]], arms: Mapping[str, str], metric: str, by: float
 ) -> None:
     """Draw an arm's draws as points, their mean as a line and their range as a band."""
-    levels = sorted({r["level"] for r in records if r["kind"] == "weight_noise"})
+    levels = sorted({r["level"] for r in records if r["kind"] == WEIGHT_NOISE})
     dodge = 0.012 * (levels[-1] if levels else 1.0)
     for number, (label, name) in enumerate(arms.items()):
         values: dict[float, list[float]] = {}
         for r in records:
-            if r["label"] == label and r["kind"] != "quantized" and r[metric] is not None:
+            known = r["kind"] in (CLEAN, WEIGHT_NOISE)
+            if r["label"] == label and known and r[metric] is not None:
                 values.setdefault(r["level"], []).append(by * r[metric])
         # Arms stand a little apart so that equal points do not hide each other.
         shift = dodge * (number - (len(arms) - 1) / 2)
@@ -132,7 +135,7 @@ def _lines(
 
 def _bars(axis: Any, records: Sequence[dict[str, Any]], arms: Mapping[str, str]) -> None:
     """Draw refusal loss without noise and quantised: a group a scheme, a bar an arm."""
-    families = list(dict.fromkeys(r["family"] for r in records if r["kind"] == "quantized"))
+    families = list(dict.fromkeys(r["family"] for r in records if r["kind"] == QUANTIZED))
     families = ["clean", *families]
     width = 0.8 / len(arms)
     for number, label in enumerate(arms):

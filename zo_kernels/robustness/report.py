@@ -11,6 +11,7 @@ from typing import Any
 
 from zo_kernels.files import write_file
 from zo_kernels.robustness import plots
+from zo_kernels.robustness.conditions import NOISES
 from zo_kernels.robustness.suite import METRICS, paired, summary
 
 _TITLES = {
@@ -142,13 +143,15 @@ def _page(
         f'refusals by the string list "{settings["refusal_list"]}"; weight noise '
         f"`{settings['noise_kind']}` on `{settings['noise_on']}` weights, seed "
         f"{settings['noise_seed']}. Columns: `w0.05` is weight noise of scale 0.05, mean {_PM} "
-        "standard deviation over the noise draws; `int4` is round-to-nearest fake quantisation.",
+        "standard deviation over the noise draws; `a0.05` the same of noise on the decoder blocks' "
+        "outputs, in units of each token's; `int4` is round-to-nearest fake quantisation, `-a8` "
+        "with 8-bit activations.",
         "",
         f"{_MARK} One checkpoint, quantised or read as it is: a single deterministic number with "
         "no error bar. Differences in these columns cannot be told from chance here.",
     ]
     for metric, heading in _TITLES.items():
-        marks = [family + ("" if kinds[family] == "weight_noise" else _MARK) for family in families]
+        marks = [family + ("" if kinds[family] in NOISES else _MARK) for family in families]
         lines += ["", f"## {heading}", "", _row(["arm", *marks]), _row(["---"] * (len(marks) + 1))]
         for label, name in names.items():
             cells = [_cell(table[label].get(family, {}).get(metric)) for family in families]
@@ -157,7 +160,7 @@ def _page(
         rows = [d for d in differences if (d["reference"], d["other"]) == (reference, other)]
         lines += ["", f"## Paired differences: {names[other]} minus {names[reference]}", ""]
         lines += _paired_lines(rows)
-        fixed = [family for family in families if kinds[family] != "weight_noise"]
+        fixed = [family for family in families if kinds[family] not in NOISES]
         lines += [
             "",
             f"Without noise and quantised{_MARK} (no error bar):",

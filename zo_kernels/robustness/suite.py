@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
+from zo_kernels.activations import perturbed_activations, quantized_activations
 from zo_kernels.chat import Example, collate, completion_losses, encode
 from zo_kernels.robustness.conditions import (
-    CLEAN,
+    ACTIVATION_NOISE,
     QUANTIZED,
     WEIGHT_NOISE,
     Condition,
@@ -108,7 +109,7 @@ def evaluate(
                 if progress is not None:
                     progress(f"{name}: {stage}", done, len(conditions))
 
-            with _perturbed(model, condition, config):
+            with _within(model, condition, config):
                 report("losses")
                 refusal = _losses(model, tokenizer, harmful, config)
                 answer = _losses(model, tokenizer, harmless, config)
@@ -238,23 +239,31 @@ def summary(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, 
     return result
 
 
-def _perturbed(
-    model, condition: Condition, config: EvaluationConfig
-) -> AbstractContextManager[Any]:
-    """Return the context manager that puts a model into a condition."""
-    if condition.kind == CLEAN:
-        return nullcontext()
-    if condition.kind == QUANTIZED:
-        return quantized(model, **parse_scheme(condition.name))
-    return perturbed(
-        model,
-        sigma=condition.level,
-        seed=config.noise_seed,
-        draw=condition.draw,
-        kind=config.noise_kind,
-        parameters="*" if config.noise_on == "all" else None,
-        in_place=True,
-    )
+@contextmanager
+def _within(model: Any, condition: Condition, config: EvaluationConfig) -> Iterator[None]:
+    """The context that puts a model into a condition."""
+    with ExitStack() as contexts:
+        if condition.kind == QUANTIZED:
+            options = parse_scheme(condition.name)
+            activations = options.pop("activations")
+            contexts.enter_context(quantized(model, **options))
+            if activations:
+                contexts.enter_context(quantized_activations(model, activations))
+        elif condition.kind == ACTIVATION_NOISE:
+            draw = {"alpha": condition.level, "seed": config.noise_seed, "draw": condition.draw}
+            contexts.enter_context(perturbed_activations(model, **draw))
+        elif condition.kind == WEIGHT_NOISE:
+            noise = perturbed(
+                model,
+                sigma=condition.level,
+                seed=config.noise_seed,
+                draw=condition.draw,
+                kind=config.noise_kind,
+                parameters="*" if config.noise_on == "all" else None,
+                in_place=True,
+            )
+            contexts.enter_context(noise)
+        yield
 
 
 def _losses(
