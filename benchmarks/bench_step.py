@@ -16,7 +16,6 @@ import pytest
 import torch
 
 import zo_kernels as zk
-from zo_kernels.pipeline.smollm2 import prepare
 from zo_kernels.pipeline.timing import interleave, median_ratio, medians
 from zo_kernels.refine.checkpoint import load
 from zo_kernels.replay import fingerprint
@@ -24,12 +23,6 @@ from zo_kernels.replay.header import ARITHMETICS
 
 LR, EPS = 1e-9, 1e-3
 MODES = ("streamed", "dual", "inplace", "snapshot", "mezo")
-
-
-@pytest.fixture(scope="module")
-def directory():
-    """The model's Hugging Face directory, prepared on first use."""
-    return prepare(progress=print)
 
 
 @pytest.mark.parametrize("shape", [(4, 128), (8, 512)], ids=lambda s: f"{s[0]}x{s[1]}")

@@ -37,6 +37,14 @@ def report(benchmark) -> Callable[[str, dict[str, float], dict[str, float]], Non
     return add
 
 
+@pytest.fixture(scope="module")
+def directory() -> Path:
+    """SmolLM2's Hugging Face directory, prepared on first use; needs the demo extra."""
+    from zo_kernels.pipeline.smollm2 import prepare
+
+    return prepare(progress=print)
+
+
 @pytest.fixture(params=[1, 2], ids=lambda n: f"{n}thread")
 def threads(request) -> Iterator[int]:
     """Number of threads of torch and of the kernels."""
