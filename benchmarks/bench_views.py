@@ -10,9 +10,9 @@ import copy
 import torch
 
 import zo_kernels as zk
+from zo_kernels.blocks import linear_weights
 from zo_kernels.pipeline.timing import interleave, median_ratio, medians
 from zo_kernels.refine.checkpoint import load
-from zo_kernels.views import linear_weights
 
 SCHEMES = [
     ("int8", {}),

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from test_views import bits, same_bits, tiny_gpt2, tiny_llama
+from tiny_views import bits, same_bits, tiny_llama
 from torch import nn
 
 import zo_kernels as zk
-from zo_kernels.activations import decoder_blocks
+from zo_kernels.blocks import decoder_blocks
 from zo_kernels.noise import EVAL_ACTIVATION_NOISE, assign_streams
 
 IDS = torch.arange(12).view(2, 6)
@@ -34,17 +34,6 @@ def outputs(model: nn.Module, name: str, forwards: int = 1) -> list[torch.Tensor
             model(IDS)
     hook.remove()
     return seen
-
-
-def test_decoder_blocks() -> None:
-    assert list(decoder_blocks(tiny_llama())) == ["model.layers.0", "model.layers.1"]
-    assert list(decoder_blocks(tiny_gpt2())) == ["transformer.h.0", "transformer.h.1"]
-    model = tiny_llama()
-    experts = nn.ModuleList([nn.Sequential(nn.Linear(4, 4))])
-    model.model.layers[0].experts = experts  # lists within a block are no lists of blocks
-    assert list(decoder_blocks(model)) == ["model.layers.0", "model.layers.1"]
-    with pytest.raises(ValueError, match="no decoder blocks"):
-        decoder_blocks(nn.Sequential(nn.Linear(4, 4)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -180,6 +169,11 @@ def test_errors() -> None:
         with pytest.raises(ValueError, match=message), zk.perturbed_activations(model, **options):
             pass
     with pytest.raises(ValueError, match="scheme"), zk.quantized_activations(model, "int9"):
+        pass
+    with (
+        pytest.raises(ValueError, match="backend: expected"),
+        zk.quantized_activations(model, backend="cuda"),
+    ):
         pass
     with (
         pytest.raises(ValueError, match=r"input of 'model\.layers\.0\..*': expected finite"),

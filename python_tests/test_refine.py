@@ -10,11 +10,11 @@ import torch
 from tiny_models import bits, tiny_model, tiny_tokenizer
 
 from zo_kernels import chat
+from zo_kernels.blocks import linear_weights
 from zo_kernels.refine import checkpoint
 from zo_kernels.refine.align import AlignConfig, align, learning_rate_factor
 from zo_kernels.refine.records import MetricsLog, read_records
 from zo_kernels.refine.refiner import RefineConfig, ZORefiner, select_parameters
-from zo_kernels.views import linear_weights
 
 EXAMPLES = [
     chat.Example("how do i open a door", "turn the key and push it", chat.HARMLESS),

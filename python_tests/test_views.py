@@ -7,97 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny_views import bits, read, same_bits, tiny_gpt2, tiny_llama
 from torch import nn
 
 import zo_kernels as zk
+from zo_kernels.blocks import linear_weights
 from zo_kernels.modes.streamed import untouched
 from zo_kernels.noise import EVAL_WEIGHT_NOISE, model_streams
-from zo_kernels.views import linear_weights, noise_std
-
-transformers = pytest.importorskip("transformers")
-
-
-def tiny_llama(dtype: torch.dtype = torch.float32, tie: bool = False) -> nn.Module:
-    """A two-layer Llama with weights drawn from a generator of its own."""
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tie,
-    )
-    return randomised(transformers.LlamaForCausalLM(config), dtype)
-
-
-def tiny_gpt2() -> nn.Module:
-    """A two-layer GPT-2: Conv1D linears, tied head."""
-    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=128)
-    return randomised(transformers.GPT2LMHeadModel(config), torch.float32)
-
-
-def randomised(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Fill the parameters from a local generator, so no test depends on global randomness."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.to(dtype).eval()
-
-
-def bits(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of all parameters as raw bytes."""
-    return {
-        name: p.detach().clone().contiguous().view(torch.uint8)
-        for name, p in model.named_parameters()
-    }
-
-
-def read(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What every parameter reads as here, as raw bytes."""
-    return {n: (p * 1.0).contiguous().view(torch.uint8) for n, p in model.named_parameters()}
-
-
-def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Whether two sets of raw bytes are equal."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.mark.parametrize("tie", [False, True])
-def test_linear_weights_llama(tie: bool) -> None:
-    names = list(linear_weights(tiny_llama(tie=tie)))
-    projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    assert len(names) == 2 * len(projections)
-    assert {name.split(".")[-2] for name in names} == set(projections)
-
-
-def test_linear_weights_gpt2() -> None:
-    names = list(linear_weights(tiny_gpt2()))
-    assert names == [
-        f"transformer.h.{layer}.{part}.weight"
-        for layer in range(2)
-        for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    ]
-
-
-def test_linear_weights_none_found() -> None:
-    with pytest.raises(ValueError, match="no linear weights inside decoder blocks"):
-        linear_weights(nn.Sequential(nn.Linear(4, 4)))
-    with pytest.raises(ValueError, match="no linear weights"):
-        linear_weights(nn.ModuleDict({"heads": nn.ModuleList([nn.Linear(4, 4)])}))
-
-
-def test_linear_weights_leaves_out_tied_and_embedding() -> None:
-    """A linear inside a block that shares the embedding's or the head's weight is left out."""
-    model = tiny_llama()
-    mlp = model.model.layers[0].mlp
-    count = len(linear_weights(model))
-    mlp.extra = nn.Linear(32, 64, bias=False)
-    assert len(linear_weights(model)) == count + 1
-    for shared in (model.model.embed_tokens, model.lm_head):
-        mlp.extra.weight = shared.weight
-        assert len(linear_weights(model)) == count
+from zo_kernels.views import noise_std
 
 
 def test_nothing_is_written() -> None:

@@ -11,7 +11,7 @@ not touched. They nest with each other and with ``zk.perturbed`` and ``zk.quanti
 Activation noise has an address like all noise of this package: (seed, direction, stream, index)
 with direction = ``EVAL_ACTIVATION_NOISE`` + draw, the stream of the block's name and
 index = forward * 2^34 + the element's number in the block's output, where ``forward`` counts the
-block's calls within the context. So it is fresh in every forward and every decoding step, the same
+block's calls within the context. So z is fresh in every forward and every decoding step, the same
 on every device, and the same again when the same calls are made in a new context; it is not the
 same for an example in another batch or behind other padding.
 """
@@ -27,36 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from zo_kernels import ops
+from zo_kernels.blocks import decoder_blocks, linear_layers
 from zo_kernels.noise import EVAL_ACTIVATION_NOISE, RESERVED_RANGE, assign_streams
 from zo_kernels.quantize import fake_quant
-from zo_kernels.views import is_linear
 
 _FORWARD = 1 << 34  # elements of noise that a forward of a block may take
-
-
-def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The decoder blocks of a model by name: what its outermost ``nn.ModuleList``s hold.
-
-    Elements without a linear layer below them are left out.
-
-    Raises:
-        ValueError: there are none.
-    """
-    found: dict[str, nn.Module] = {}
-    lists: list[str] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{n}.") for n in lists):
-            continue
-        lists.append(name)
-        for key, block in module.named_children():
-            if any(is_linear(m) for m in block.modules() if m is not block):
-                found[f"{name}.{key}"] = block
-    if not found:
-        raise ValueError(
-            "no decoder blocks: expected an nn.ModuleList whose elements have linear layers, got "
-            f"{type(model).__name__} without any"
-        )
-    return found
 
 
 @contextmanager
@@ -167,11 +142,11 @@ def quantized_activations(
     chosen = {
         f"{block}.{name}": module
         for block, part in decoder_blocks(model).items()
-        for name, module in part.named_modules()
-        if name and is_linear(module)
+        for name, module in linear_layers(part).items()
     }
     options = {"group_size": "row", "symmetric": symmetric, "backend": backend}
-    fake_quant(torch.zeros(1, 1), scheme, **{**options, "backend": None})
+    device = next(iter(chosen.values())).weight.device
+    fake_quant(torch.zeros(1, 1, device=device), scheme, **options)  # so that errors come up here
 
     def hook_of(name: str) -> Any:
         def quantize(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

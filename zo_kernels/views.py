@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_kernels import ops
+from zo_kernels.blocks import is_conv1d, linear_weights
 from zo_kernels.checks import check_tensor
 from zo_kernels.modes.base import Slot, uninterrupted
 from zo_kernels.modes.streamed import Part, StreamedReads, StreamedWeights, untouched
@@ -198,6 +199,7 @@ class QuantizedWeights(StreamedReads):
     ) -> None:
         super().__init__(parameters.items())
         self._scheme, self._options, self._transposed = scheme, options, transposed
+        self._checked = False
         for name, parameter in parameters.items():
             check_tensor(f"'{name}'", parameter)
             if parameter.dim() < 2:
@@ -209,20 +211,27 @@ class QuantizedWeights(StreamedReads):
             copies = self._scratch.allocate([(parameter.shape, parameter)])
             with torch.no_grad(), torch._C.DisableTorchFunction():
                 self.fill(copies, [Part.whole(parameter)])
+        self._checked = True
 
     def fill(self, copies: Sequence[Tensor], parts: Sequence[Part]) -> None:
         """See ``StreamedReads.fill``."""
         for copy, part in zip(copies, parts, strict=True):
-            source, name = part.source, self._name(id(part.parameter))
+            source = part.source
+            options = {
+                **self._options,
+                "name": self._name(id(part.parameter)),
+                # The weights themselves were looked at on construction; on a GPU a look waits.
+                "check_finite": not self._checked or source is copy,
+            }
             if id(part.parameter) in self._transposed:
                 weight = source.t().contiguous()
-                fake_quant(weight, self._scheme, out=weight, name=name, **self._options)
+                fake_quant(weight, self._scheme, out=weight, **options)
                 copy.copy_(weight.t())
                 continue
             columns = source.shape[-1]
-            weight, out = source.view(-1, columns), copy.view(-1, columns)
-            out = weight if out.data_ptr() == weight.data_ptr() else out
-            fake_quant(weight, self._scheme, out=out, name=name, **self._options)
+            weight = source.view(-1, columns)
+            out = weight if source is copy else copy.view(-1, columns)
+            fake_quant(weight, self._scheme, out=out, **options)
 
     def divisible(self, parameter: Tensor) -> bool:
         """Groups may be longer than a row, and scales may have scales."""
@@ -250,48 +259,6 @@ def select(model: nn.Module, parameters: Selection = None) -> dict[str, Tensor]:
             )
         found.update(matches)
     return {name: parameter for name, parameter in named.items() if name in found}
-
-
-def linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the 2-D weights of the linear layers inside the model's decoder blocks.
-
-    A decoder block is an element of an `nn.ModuleList` (`model.layers`, `transformer.h`, ...); a
-    linear layer is an `nn.Linear` or a transformers `Conv1D` somewhere below one. Embeddings, the
-    output head (tied or not), norms, biases and projections outside the blocks are left out.
-    Names and order are those of `model.named_parameters()`.
-
-    Raises:
-        ValueError: no such weight was found.
-    """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    excluded = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            excluded.update(id(p) for p in module.parameters(recurse=False))
-    wanted: set[int] = set()
-    for container in model.modules():
-        if not isinstance(container, nn.ModuleList):
-            continue
-        for block in container:
-            # A linear that is itself the list's element (a list of heads) is no part of a block.
-            wanted.update(
-                id(module.weight)
-                for module in block.modules()
-                if module is not block and is_linear(module)
-            )
-    wanted -= excluded
-    found = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if id(parameter) in wanted and parameter.dim() == 2
-    }
-    if not found:
-        raise ValueError(
-            "no linear weights inside decoder blocks: expected nn.Linear or Conv1D layers below "
-            f"the elements of an nn.ModuleList, got {type(model).__name__} without any; "
-            "name the parameters to disturb with `parameters=`"
-        )
-    return found
 
 
 def noise_std(weight: Tensor, *, sigma: float, kind: str, name: str = "weight") -> float:
@@ -322,7 +289,7 @@ def noise_std(weight: Tensor, *, sigma: float, kind: str, name: str = "weight") 
 
 def _transposed(model: nn.Module) -> frozenset[int]:
     """Ids of weights that are stored (in, out)."""
-    return frozenset(id(module.weight) for module in model.modules() if _is_conv1d(module))
+    return frozenset(id(module.weight) for module in model.modules() if is_conv1d(module))
 
 
 def _expect_used(view: StreamedReads, what: str, names: Sequence[str]) -> None:
@@ -332,13 +299,3 @@ def _expect_used(view: StreamedReads, what: str, names: Sequence[str]) -> None:
             f"({len(names)} weights in all), but no torch function read one of them; a model "
             "compiled by torch.compile does not go through torch functions"
         )
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is an ``nn.Linear`` or a transformers ``Conv1D``."""
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Tell a transformers `Conv1D` (weight stored (in, out)) without importing transformers."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

@@ -149,8 +149,10 @@ class StreamedReads(TorchFunctionMode, ABC):
 
     def __exit__(self, *error: Any) -> None:
         """Give that place back."""
-        super().__exit__(*error)
-        _active.reads, self._outer = self._outer, None
+        try:
+            super().__exit__(*error)
+        finally:
+            _active.reads, self._outer = self._outer, None
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -165,9 +167,10 @@ class StreamedReads(TorchFunctionMode, ABC):
         if func in _ADDRESSES:
             name = self._name(next(iter(found)))
             raise RuntimeError(
-                f"mode 'streamed': {getattr(func, '__name__', func)} takes the address of "
-                f"'{name}', whose changed copy exists only inside torch functions; use a mode "
-                "that keeps perturbed weights in place"
+                f"{getattr(func, '__name__', func)} takes the address of '{name}', whose changed "
+                "copy exists only inside torch functions; use a mode that keeps perturbed weights "
+                "in place (ZOSGD's 'inplace', 'snapshot' or 'master'), or zk.perturbed with "
+                "in_place"
             )
         self._count(found)
         if func is F.embedding and self._looked_up(*args, **kwargs):
