@@ -75,19 +75,6 @@ struct Extremes {
 // Returns the ends of all groups; NaN if there is one. Not looked for where `lows` are known.
 using QuantKernel = Extremes (*)(const QuantJob&);
 
-// The levels of NF4 and what lies between them, as in zo_kernels/formats.py.
-constexpr float NF4_LEVELS[16] = {
-    -0x1p+0f,        -0x1.647362p-1f, -0x1.0cd66p-1f,  -0x1.946540p-2f,
-    -0x1.23449ap-2f, -0x1.7a6a7ep-3f, -0x1.74f0e2p-4f, 0x0p+0f,
-    0x1.45f5fep-4f,  0x1.4995c6p-3f,  0x1.f809bap-3f,  0x1.5a0674p-2f,
-    0x1.c3497p-2f,   0x1.200f56p-1f,  0x1.722766p-1f,  0x1p+0f,
-};
-constexpr float NF4_MIDPOINTS[15] = {
-    -0x1.b239bp-1f,  -0x1.38a4ep-1f,  -0x1.d709p-2f,  -0x1.5bd4ecp-2f, -0x1.e079d8p-3f,
-    -0x1.1a7178p-3f, -0x1.74f0e2p-5f, 0x1.45f5fep-5f, 0x1.ec90c4p-4f,  0x1.a0cfcp-3f,
-    0x1.2b05a8p-2f,  0x1.8ea7f2p-2f,  0x1.00da08p-1f, 0x1.491b5ep-1f,  0x1.b913b4p-1f,
-};
-
 struct QuantRow {
   QuantKernel of[FORMATS];
 };

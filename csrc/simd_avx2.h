@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "simd_x86.h"
+
 namespace {
 
 constexpr int W = 8;
@@ -96,17 +98,6 @@ struct Eight {
 };
 inline Eight load_eight(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline VF at(const Eight& eight, VI place) { return _mm256_permutevar8x32_ps(eight.values, place); }
-
-struct Sixteen {
-  __m256i values;
-};
-inline Sixteen load_sixteen(const int16_t* p) {
-  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
-}
-inline Sixteen add_scaled(Sixteen a, Sixteen b, int c) {
-  const __m256i factor = _mm256_set1_epi16(static_cast<int16_t>(c));
-  return {_mm256_add_epi16(a.values, _mm256_mullo_epi16(b.values, factor))};
-}
 
 // Of a table in both halves of a register, bytes 2 i and 2 i + 1 are entry i; of the place of a
 // byte vpshufb takes the low four bits, so places may be 8 or 16 more.

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "simd_x86.h"
+
 namespace {
 
 constexpr int W = 16;
@@ -101,16 +103,6 @@ struct Eight {
 inline Eight load_eight(const float* p) { return {_mm512_broadcast_f32x8(_mm256_loadu_ps(p))}; }
 inline VF at(const Eight& eight, VI place) { return _mm512_permutexvar_ps(place, eight.values); }
 
-struct Sixteen {
-  __m256i values;
-};
-inline Sixteen load_sixteen(const int16_t* p) {
-  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
-}
-inline Sixteen add_scaled(Sixteen a, Sixteen b, int c) {
-  const __m256i factor = _mm256_set1_epi16(static_cast<int16_t>(c));
-  return {_mm256_add_epi16(a.values, _mm256_mullo_epi16(b.values, factor))};
-}
 struct Tree {
   __m512i entries;
 };
