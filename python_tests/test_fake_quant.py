@@ -117,6 +117,17 @@ def test_long_groups(columns, dtype, quantised):
         assert_same_bits(quantised(weight, scheme, **options), expected, (scheme, symmetric))
 
 
+@pytest.mark.parametrize("columns", [600, 9000, 70_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
+def test_scales_of_scales_of_long_groups(columns, dtype, quantised):
+    """Given scales in each of the Triton kernels, and in groups that C++ cuts into pieces."""
+    weight = hard_weights(3, columns, dtype)
+    for scheme, options in (("nvfp4", {}), ("nf4", {"double_quant": True})):
+        sized = {"group_size": "row", **options}
+        expected = zk.fake_quant(weight, scheme, backend="reference", **sized)
+        assert_same_bits(quantised(weight, scheme, **sized), expected, scheme)
+
+
 def test_the_reference_in_pieces(monkeypatch):
     """Bounding the temporaries changes no bit, within groups nor between them."""
     weight = hard_weights(7, 96, torch.bfloat16)
