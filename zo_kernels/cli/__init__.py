@@ -180,16 +180,16 @@ def _print_report(
         ("perplexity", "perplexity of the utility text", 2),
     ):
         table = Table(title=title, title_justify="left")
-        table.add_column("arm")
+        table.add_column("condition", no_wrap=True)
+        for name in arms.values():
+            table.add_column(name, justify="right")
         for family in families:
-            table.add_column(family, justify="right")
-        for label, name in arms.items():
             row = []
-            for family in families:
+            for label in arms:
                 cell = cells[label][family][metric]
                 text = "-" if cell["mean"] is None else f"{cell['mean']:.{digits}f}"
                 row.append(f"{text} ± {cell['std']:.{digits}f}" if cell["std"] else text)
-            table.add_row(name, *row)
+            table.add_row(family, *row)
         console.print(table)
     for name, path in files.items():
         console.print(f"{name}: {path}", highlight=False, soft_wrap=True)

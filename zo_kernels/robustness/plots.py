@@ -28,6 +28,7 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+_LABEL_ROOM = 30  # characters of upright labels below one panel
 
 
 def metric_vs_noise(records: Sequence[dict[str, Any]], arms: Mapping[str, str]) -> bytes:
@@ -155,7 +156,9 @@ def _bars(axis: Any, records: Sequence[dict[str, Any]], arms: Mapping[str, str])
                         fontsize=9,
                         rotation=90 if len(arms) * len(families) > 12 else 0,
                     )
-    axis.set_xticks(range(len(families)), families)
+    crowded = sum(map(len, families)) > _LABEL_ROOM
+    slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+    axis.set_xticks(range(len(families)), families, **slanted)
     axis.grid(visible=False, axis="x")
     axis.margins(y=0.12)
     axis.set(
