@@ -166,7 +166,7 @@ def _print_report(
 ) -> None:
     """The main numbers as tables in the terminal, and where the rest is."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from zo_kernels.robustness.suite import summary
 
@@ -179,17 +179,21 @@ def _print_report(
         ("over_refusal_rate", "refusal rate on harmless prompts", 2),
         ("perplexity", "perplexity of the utility text", 2),
     ):
-        table = Table(title=title, title_justify="left")
-        table.add_column("condition", no_wrap=True)
-        for name in arms.values():
-            table.add_column(name, justify="right")
-        for family in families:
-            row = []
-            for label in arms:
+        texts = {}
+        for label, name in arms.items():
+            for family in families:
                 cell = cells[label][family][metric]
                 text = "-" if cell["mean"] is None else f"{cell['mean']:.{digits}f}"
-                row.append(f"{text} ± {cell['std']:.{digits}f}" if cell["std"] else text)
-            table.add_row(family, *row)
+                spread = f" ± {cell['std']:.{digits}f}" if cell["std"] else ""
+                texts[name, family] = texts[family, name] = text + spread
+        # What there is more of goes down the page.
+        rows, columns = list(arms.values()), families
+        if len(rows) < len(columns):
+            rows, columns = columns, rows
+        table = Table("", *(Column(column, justify="right") for column in columns))
+        for row in rows:
+            table.add_row(row, *(texts[row, column] for column in columns))
+        console.print(title, highlight=False)
         console.print(table)
     for name, path in files.items():
         console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
