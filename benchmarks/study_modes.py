@@ -32,8 +32,8 @@ from zo_kernels.modes import MODES, GroupUpdate, Slot
 from zo_kernels.noise import stream_id
 from zo_kernels.pipeline.rivals import mezo_perturb_
 from zo_kernels.pipeline.smollm2 import prepare
+from zo_kernels.progress import progress_bar
 from zo_kernels.refine.checkpoint import DTYPES, load
-from zo_kernels.refine.records import progress_bar
 
 LOOP = "MeZO's loop"
 SEED = 11

@@ -14,7 +14,7 @@ from zo_kernels.chat import render
 from zo_kernels.robustness import answers as answers_module
 from zo_kernels.robustness.answers import generate
 from zo_kernels.robustness.degenerate import degenerate
-from zo_kernels.robustness.refusals import REFUSAL_LISTS, is_refusal
+from zo_kernels.robustness.refusals import REFUSAL_LISTS, refusal_list
 
 
 @pytest.fixture
@@ -171,9 +171,9 @@ def test_refusal_lists() -> None:
         ("However you like " + "with milk and " * 20, False, False, False, True),
         ("", False, False, False, True),
     ):
-        assert [is_refusal(text, name) for name in names] == expected, text
+        assert [refusal_list(name)(text) for name in names] == expected, text
     with pytest.raises(ValueError, match="advbench-29"):
-        is_refusal("", "no-such-list")
+        refusal_list("no-such-list")
 
 
 def test_degenerate_answers() -> None:

@@ -192,8 +192,10 @@ def test_judges_read_the_answers(files, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(judges.HarmBenchJudge, "scores", scores)
     assert evaluate(files, out, "--judge", judge) == 0
     assert (out / "evaluation.jsonl").read_bytes() == before and not judged
-    # Another judge of that kind reads them all again.
-    assert evaluate(files, out, "--judge", f"harmbench={files / 'one'}") == 0
+    # Another judge of that kind reads them all again; a suite file may name it.
+    suite = files / "judged.yaml"
+    suite.write_text(SUITE + "judge: {harmbench: one}\n")
+    assert evaluate(files, out, "--suite", suite) == 0
     assert judged == [3, 3, 3, 3] and (out / "evaluation.jsonl").read_bytes() != before
     for wrong in ("harmbench", "oracle=x", f"harmbench={tmp_path}"):
         assert evaluate(files, tmp_path / "no", "--judge", wrong) == 1
@@ -240,6 +242,8 @@ def test_compare(files, tmp_path, capsys) -> None:
         ("harmful: 3", "harmful: expected str, got 3"),
         ("text: [a.txt]", "text: expected str, got ['a.txt']"),
         ("label: [a]", "label: expected"),
+        ("judge: harmbench=x", "judge: expected names with folders"),
+        ("judge: {oracle: x}", "judge: expected NAME=DIR"),
         ("magic: 1", "expected options out of"),
         ("- a", "expected a mapping"),
         ("a: [", "expected YAML"),

@@ -13,6 +13,7 @@ from torch import nn
 
 import zo_kernels as zk
 from zo_kernels.chat import Example, render
+from zo_kernels.robustness.comparison import SAME
 from zo_kernels.robustness.conditions import (
     Condition,
     EvaluationConfig,
@@ -20,8 +21,8 @@ from zo_kernels.robustness.conditions import (
     parse_scheme,
 )
 from zo_kernels.robustness.metrics import METRICS
-from zo_kernels.robustness.suite import evaluate
-from zo_kernels.robustness.utility import perplexity
+from zo_kernels.robustness.suite import Evaluation
+from zo_kernels.robustness.utility import UtilityText
 
 
 @pytest.fixture
@@ -32,6 +33,11 @@ def tokenizer():
 def raw(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all parameters as raw bytes."""
     return {n: p.detach().clone().view(torch.uint8) for n, p in model.named_parameters()}
+
+
+def evaluate(*arguments, label: str, **options) -> list[dict]:
+    """Prepare an evaluation and run it."""
+    return Evaluation(*arguments).run(label, **options)
 
 
 def config(**changes) -> EvaluationConfig:
@@ -109,7 +115,8 @@ def test_evaluate_is_repeatable_and_leaves_no_trace(kind: str, tokenizer) -> Non
     assert list(by_name) == [condition.name for condition in config().conditions()]
     assert len({record["refusal_loss"] for record in runs[0]}) == len(runs[0])
     clean = by_name["clean"]
-    assert clean["perplexity"] == perplexity(model, tokenizer, TEXT, window=16, max_tokens=40)
+    text = UtilityText(tokenizer, TEXT, window=16, max_tokens=40)
+    assert clean["perplexity"] == text.measure(model).perplexity
     assert len(clean["refusal_losses"]) == clean["harmful_count"] == 3
     assert len(clean["harmless_losses"]) == clean["harmless_count"] == 2
     assert clean["refusal_loss"] == pytest.approx(sum(clean["refusal_losses"]) / 3)
@@ -319,6 +326,7 @@ def test_every_metric_has_its_field_in_a_record(tokenizer) -> None:
     [record] = evaluate(
         tiny("llama"), tokenizer, EXAMPLES, TEXT, config(noise=(), quantization=()), label="x"
     )
+    assert set(SAME) <= record.keys()
     for metric in METRICS.values():
         if not metric.field.startswith("asr_"):  # a judge's
             assert record[metric.field] is not None and record[metric.items], metric.field

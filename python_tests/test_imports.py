@@ -36,6 +36,7 @@ HELPERS = {
     "files": set(),
     "moments": {"noise", "ops"},
     "places": set(),
+    "progress": set(),
     "vectors": {"ops"},
 }
 

@@ -9,7 +9,7 @@ import torch
 from tiny_evaluation import TEXT, tiny, tokenizer_of_words
 
 import zo_kernels as zk
-from zo_kernels.robustness.utility import UtilityText, perplexity
+from zo_kernels.robustness.utility import UtilityText
 
 
 @pytest.fixture
@@ -32,18 +32,17 @@ def test_perplexity_directly(kind: str, limit: int | None, tokenizer) -> None:
                 logits = model(input_ids=torch.tensor([part[:end]])).logits[0, -1].double()
             total -= torch.log_softmax(logits, -1)[part[end]].item()
             count += 1
-    got = perplexity(model, tokenizer, TEXT, window=16, max_tokens=limit)
+    got = UtilityText(tokenizer, TEXT, window=16, max_tokens=limit).measure(model).perplexity
     assert got == pytest.approx(math.exp(total / count), rel=1e-5)
 
 
 def test_perplexity_errors(tokenizer) -> None:
-    model = tiny("llama")
     with pytest.raises(ValueError, match="window"):
-        perplexity(model, tokenizer, TEXT, window=1)
+        UtilityText(tokenizer, TEXT, window=1)
     with pytest.raises(ValueError, match="max_tokens >= 2 or None, got -5"):
-        perplexity(model, tokenizer, TEXT, max_tokens=-5)
+        UtilityText(tokenizer, TEXT, max_tokens=-5)
     with pytest.raises(ValueError, match="at least 2 tokens, got 1"):
-        perplexity(model, tokenizer, "tea")
+        UtilityText(tokenizer, "tea")
 
 
 def test_divergence_from_the_clean_model(tokenizer, monkeypatch) -> None:
@@ -79,4 +78,19 @@ def test_overflow_is_a_number(tokenizer) -> None:
     model = tiny("llama")
     with torch.no_grad():
         model.lm_head.weight.mul_(1e6)
-    assert perplexity(model, tokenizer, TEXT, max_tokens=20) == math.inf
+    assert UtilityText(tokenizer, TEXT, max_tokens=20).measure(model).perplexity == math.inf
+
+
+def test_a_full_disk_is_named(tokenizer, monkeypatch) -> None:
+    class Full:
+        def write(self, data: bytes) -> None:
+            raise OSError(28, "No space left on device")
+
+        def close(self) -> None:
+            self.closed = True
+
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda prefix: Full())
+    text = UtilityText(tokenizer, TEXT, window=16, max_tokens=40)
+    with pytest.raises(OSError, match=r"room for 0 MB in .*TMPDIR.*No space left"):
+        text.keep_clean(tiny("llama"))
+    text.close()

@@ -19,6 +19,7 @@ def made_up(label: str, shift: float, **changes) -> list[dict]:
                 "label": label,
                 "condition": condition.name,
                 "family": condition.family,
+                "state": condition.state,
                 "kind": condition.kind,
                 "level": condition.level,
                 "draw": condition.draw,
@@ -75,6 +76,7 @@ def in_blocks(label: str, rises: list[float]) -> list[dict]:
         | {
             "condition": f"w0.1@{i}/0",
             "family": f"w0.1@{i}",
+            "state": "w0.1",
             "kind": "weight_noise",
             "level": 0.1,
             "draw": 0,

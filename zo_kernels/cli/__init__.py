@@ -11,6 +11,7 @@ from typing import Any
 
 from zo_kernels.cli import compare, evaluate, replay, train
 from zo_kernels.cli.options import examples_of
+from zo_kernels.cli.show import print_report
 
 EXPECTED_ERRORS = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, ImportError)
 
@@ -140,7 +141,7 @@ def _demo(options: argparse.Namespace) -> None:
     )
     demo = Demo(options.out, model, examples_of(options, "all"), config, console.print, notes)
     files = demo.run()
-    evaluate.print_report(files, read_records(options.out / "evaluation.jsonl"), ARMS)
+    print_report(files, read_records(options.out / "evaluation.jsonl"), ARMS)
 
 
 def _doctor(options: argparse.Namespace) -> None:
@@ -177,7 +178,7 @@ def _verify(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     from zo_kernels.files import check_writable, write_file
     from zo_kernels.pipeline import inspection
-    from zo_kernels.refine.records import progress_bar
+    from zo_kernels.progress import progress_bar
 
     work = inspection.choose(options.target, options.kernel)
     if options.out:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from zo_kernels.cli.evaluate import print_files
+from zo_kernels.cli.show import print_files
 
 
 def add_commands(commands: Any, make: Any) -> None:

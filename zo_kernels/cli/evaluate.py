@@ -5,26 +5,23 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from zo_kernels.cli.options import add_model, add_options, examples_of, read, read_suite
+from zo_kernels.cli.show import print_report
 
 CONFIG = ("zo_kernels.robustness.conditions", "EvaluationConfig")
 FILES = ("data", "text")
 LISTS = ("harmful", "harmless", "prompts")
 TEXTS = ("judge_dtype", "label", "split", "dtype", "device")
-"""Options beside the configuration's that a suite file may have: files, lists of them, texts."""
-REPORT = ("report.html", "summary.md", "summary.json")
+FOLDERS = ("judge",)
+"""Options beside the configuration's that a suite file may have: files, lists of them, texts, and
+names with folders."""
 FREE = ("copy_weights", "noise", "activation_noise", "quantization", "draws", "layers")
 """Settings in which an evaluation may be gone on with: they leave each record as it is."""
-HEADLINE = (
-    "refusal_loss", "refusal_rate", "asr_harmbench", "asr_llama_guard", "over_refusal_rate",
-    "perplexity",
-)  # fmt: skip
-"""Metrics of several models that go to the terminal; the report has all."""
 
 
 def add_commands(commands: Any, make: Any) -> None:
@@ -44,7 +41,9 @@ def add_commands(commands: Any, make: Any) -> None:
     )
     command.add_argument("--out", type=Path, required=True, help="folder for records and report")
     command.add_argument(
-        "--suite", type=Path, help="YAML file with options (all but model, out and judge)"
+        "--suite",
+        type=Path,
+        help="YAML file with options (all but model and out; judge: {NAME: DIR})",
     )
     command.add_argument(
         "--fresh", action="store_true", help="start over what another evaluation left in --out"
@@ -65,24 +64,25 @@ def add_commands(commands: Any, make: Any) -> None:
 
 def suite_defaults(path: Path) -> dict[str, Any]:
     """The options of a suite file."""
-    return read_suite(path, *CONFIG, files=FILES, lists=LISTS, texts=TEXTS)
+    return read_suite(path, *CONFIG, files=FILES, lists=LISTS, texts=TEXTS, folders=FOLDERS)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from zo_kernels import chat
+    from zo_kernels.progress import progress_bar
     from zo_kernels.refine import checkpoint
-    from zo_kernels.refine.records import MetricsLog, progress_bar, write_records
+    from zo_kernels.refine.records import MetricsLog, write_records
     from zo_kernels.robustness.prompts import digest, text_digest
     from zo_kernels.robustness.report import write_report
-    from zo_kernels.robustness.suite import check, evaluate
+    from zo_kernels.robustness.suite import Evaluation
 
     config = read(options, *CONFIG)
-    config.conditions()
+    config.conditions()  # what is wrong with it comes up before the model is loaded
     judges = _judges(options.judge)
     examples = _examples(options)
     text = options.text.read_text("utf-8") if options.text else chat.builtin_utility_text()
     model, tokenizer = checkpoint.load(options.model, dtype=options.dtype, device=options.device)
-    check(model, tokenizer, examples, text, config)
+    evaluation = Evaluation(model, tokenizer, examples, text, config)
     label = options.label or options.model.resolve().name
     settings = {
         "label": label,
@@ -107,15 +107,12 @@ def _evaluate(options: argparse.Namespace) -> None:
             clock.write({"condition": record["condition"], "seconds": record["seconds"]})
             log.write(_timeless(record))
 
-        records = evaluate(
-            model, tokenizer, examples, text, config,
-            label=label, finished=finished, on_result=keep, progress=progress,
-        )  # fmt: skip
+        records = evaluation.run(label, finished=finished, on_result=keep, progress=progress)
     # Conditions that an earlier call measured and this one did not ask for stay.
     asked = {record["condition"] for record in records}
     records = [*map(_timeless, records), *(r for r in finished if r["condition"] not in asked)]
     write_records(records_path, records)
-    del model, tokenizer  # a judge gets all of the memory
+    del model, tokenizer, evaluation  # a judge gets all of the memory
     for name, directory in judges.items():
         gc.collect()
         records = _judged(records, examples, name, directory, options)
@@ -154,8 +151,10 @@ def _finished(
     """
     from zo_kernels.files import write_file
     from zo_kernels.refine.records import read_records
+    from zo_kernels.robustness.report import FIGURES, PAGES
 
     path, records_path = out / "evaluation.json", out / "evaluation.jsonl"
+    times_path = out / "times.jsonl"
     wanted = json.loads(json.dumps(settings))
     records = read_records(records_path) if records_path.exists() and not fresh else []
     if records:
@@ -169,11 +168,11 @@ def _finished(
                 f"differs in {', '.join(changed)}; --fresh starts it over"
             )
     else:
-        for name in (*REPORT, records_path.name, "times.jsonl"):
+        for name in (*PAGES, *FIGURES, records_path.name, times_path.name):
             (out / name).unlink(missing_ok=True)
     write_file(path, json.dumps(wanted, indent=1) + "\n")
     known = {record["condition"] for record in records}
-    times = read_records(out / "times.jsonl") if records else []
+    times = read_records(times_path) if times_path.exists() else []
     return records, [time for time in times if time["condition"] in known]
 
 
@@ -201,8 +200,8 @@ def _judged(
     options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     """Records with what one judge says of the answers; those that it has judged stay."""
+    from zo_kernels.progress import progress_bar
     from zo_kernels.refine import checkpoint
-    from zo_kernels.refine.records import progress_bar
     from zo_kernels.robustness.judges import JUDGES, judge_answers
 
     model, tokenizer = checkpoint.load(directory, dtype=options.judge_dtype, device=options.device)
@@ -212,70 +211,3 @@ def _judged(
         new = iter(judge_answers(todo, examples, judge, progress=progress))
     waiting = {record["condition"] for record in todo}
     return [next(new) if record["condition"] in waiting else record for record in records]
-
-
-def print_report(
-    files: Mapping[str, Path], records: Sequence[dict[str, Any]], arms: Mapping[str, str]
-) -> None:
-    """The main numbers as tables in the terminal, and where the rest is."""
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    from zo_kernels.robustness.metrics import Metric, measured, summary
-
-    console = Console()
-    cells = summary(records)
-    families = list(dict.fromkeys(family for found in cells.values() for family in found))
-    metrics = measured(records)
-
-    def text(label: str, family: str, metric: Metric) -> str:
-        cell = cells[label].get(family, {}).get(metric.field)
-        if cell is None or cell["mean"] is None:
-            return "-"
-        spread = f" ± {metric.text(cell['std'])}" if cell["std"] else ""
-        return metric.text(cell["mean"]) + spread
-
-    def show(title: str, rows: Mapping[str, str], columns: Sequence[str], cell: Any) -> None:
-        table = Table("", *(Column(column, justify="right") for column in columns))
-        for key, name in rows.items():
-            table.add_row(name, *(cell(key, column) for column in columns))
-        console.print(title, highlight=False)
-        console.print(table)
-
-    by_family = {family: family for family in families}
-    if len(arms) == 1:
-        [label] = arms
-        shown = {metric.short_unit: metric for metric in metrics}
-        # As many metrics side by side as a terminal of this width takes.
-        per_table = max(1, (console.width - 14) // 18)
-        for start in range(0, len(shown), per_table):
-            columns = list(shown)[start : start + per_table]
-            show("", by_family, columns, lambda family, name: text(label, family, shown[name]))
-    else:
-        for metric in (m for m in metrics if m.field in HEADLINE):
-            # What there is more of, arms or conditions, goes down the page.
-            if len(arms) < len(families):
-                back = {name: label for label, name in arms.items()}
-                show(
-                    metric.title,
-                    by_family,
-                    list(back),
-                    lambda family, name, m=metric, back=back: text(back[name], family, m),
-                )
-            else:
-                show(
-                    metric.title,
-                    arms,
-                    families,
-                    lambda label, family, m=metric: text(label, family, m),
-                )
-    print_files(files)
-
-
-def print_files(files: Mapping[str, Path]) -> None:
-    """Where a report's files are."""
-    from rich.console import Console
-
-    console = Console()
-    for name, path in files.items():
-        console.print(f"{name}: {path}", highlight=False, soft_wrap=True)

@@ -83,6 +83,7 @@ def read_suite(
     files: Sequence[str],
     lists: Sequence[str],
     texts: Sequence[str],
+    folders: Sequence[str],
 ) -> dict[str, Any]:
     """Option values from a YAML file: a mapping of option names, with - or _.
 
@@ -92,6 +93,7 @@ def read_suite(
         files: options that name a file, relative to the YAML file.
         lists: options that name several, or one.
         texts: options that are texts.
+        folders: options that are a mapping of names to folders; they become texts "name=folder".
 
     Raises:
         ValueError: no mapping, an unknown option, or a value that its option cannot have.
@@ -109,8 +111,14 @@ def read_suite(
     values: dict[str, Any] = {}
     for key, value in found.items():
         option = str(key).replace("-", "_")
+        if option in folders:
+            if not isinstance(value, dict) or not all(_fits(v, "str") for v in value.values()):
+                raise ValueError(f"{path}: {key}: expected names with folders, got {value!r}")
+            values[option] = [f"{name}={path.parent / place}" for name, place in value.items()]
+            continue
         if option not in types:
-            raise ValueError(f"{path}: expected options out of {list(types)}, got {key!r}")
+            known = [*types, *folders]
+            raise ValueError(f"{path}: expected options out of {known}, got {key!r}")
         several = isinstance(value, list) and option in lists
         if not all(_fits(item, types[option]) for item in (value if several else [value])):
             raise ValueError(f"{path}: {key}: expected {types[option]}, got {value!r}")

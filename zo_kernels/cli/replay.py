@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zo_kernels.ops import BACKENDS
-from zo_kernels.refine.records import plain, progress_bar
+from zo_kernels.progress import progress_bar
+from zo_kernels.refine.records import plain
 
 if TYPE_CHECKING:
     from zo_kernels.replay import Log

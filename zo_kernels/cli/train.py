@@ -43,8 +43,9 @@ def _train(options: argparse.Namespace, run: Any, earlier: Sequence[dict[str, An
     """
     from zo_kernels import chat
     from zo_kernels.files import check_replaceable
+    from zo_kernels.progress import progress_bar
     from zo_kernels.refine import checkpoint
-    from zo_kernels.refine.records import MetricsLog, progress_bar, write_records
+    from zo_kernels.refine.records import MetricsLog, write_records
 
     check_replaceable(options.out)
     examples = examples_of(options, "train")

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from zo_kernels import chat
+from zo_kernels.progress import progress_bar
 from zo_kernels.refine import checkpoint
 from zo_kernels.refine.align import AlignConfig, align
-from zo_kernels.refine.records import MetricsLog, progress_bar, read_records, write_records
+from zo_kernels.refine.records import MetricsLog, read_records, write_records
 from zo_kernels.refine.refiner import RefineConfig, ZORefiner
 from zo_kernels.robustness.conditions import EvaluationConfig
 from zo_kernels.robustness.report import write_report
-from zo_kernels.robustness.suite import evaluate
+from zo_kernels.robustness.suite import Evaluation
 
 BASE, ALIGNED, CONTROL, MORE_FO, REFINED = "base", "aligned", "lr0", "more_fo", "refined"
 ARMS = {
@@ -234,12 +235,10 @@ class Demo:
             kept = [r for r in self._records() if r["label"] != label]
             model, tokenizer = checkpoint.load(directory)
             with progress_bar(f"evaluating {label}") as progress:
-                new = evaluate(
-                    model, tokenizer, self.held_out, self.text, self.evaluation,
-                    label=label, progress=progress,
-                )  # fmt: skip
+                evaluation = Evaluation(model, tokenizer, self.held_out, self.text, self.evaluation)
+                new = evaluation.run(label, progress=progress)
             write_records(self._evaluation(), kept + new)
-            del model
+            del model, evaluation
             gc.collect()
         self.evaluation_seconds = sum(r["seconds"] for r in self._records(label))
 

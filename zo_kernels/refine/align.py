@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from zo_kernels.chat import Encoded, batch_stream, completion_loss, pad_id
+from zo_kernels.progress import Progress
 from zo_kernels.refine.checkpoint import fast_dtype
-from zo_kernels.refine.records import Progress
 
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("constant", "cosine")

@@ -18,7 +18,7 @@ from zo_kernels.blocks import linear_weights
 from zo_kernels.chat import Encoded, Example, batch_stream, completion_loss, encode, pad_id
 from zo_kernels.modes import MODES
 from zo_kernels.optim import ZOSGD, named_parameters
-from zo_kernels.refine.records import Progress
+from zo_kernels.progress import Progress
 from zo_kernels.replay import read_log
 
 SCHEDULES = ("constant", "cosine")

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from zo_kernels.files import replace_folder
+from zo_kernels.progress import Progress
 from zo_kernels.replay.apply import CHUNK
 from zo_kernels.replay.log import Log
-from zo_kernels.replay.walk import Progress, Walk
+from zo_kernels.replay.walk import Walk
 from zo_kernels.replay.weights import DTYPES, INDEX, WeightFolder, copy_bytes, write_file_header
 
 # Weights in other formats would be those of the base.

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from zo_kernels.noise import canonical_name
+from zo_kernels.progress import Progress
 from zo_kernels.replay.apply import CHUNK, Replica, chunks, expect_base
 from zo_kernels.replay.fingerprint import TensorDigest, combine_digests
 from zo_kernels.replay.log import Log
 from zo_kernels.replay.updates import logged_updates
 from zo_kernels.replay.weights import DTYPES, Entry, WeightFolder, pieces
-
-#: Called as progress(what, done, total).
-Progress = Callable[[str, float, float], None]
 
 
 @dataclass(frozen=True, slots=True)

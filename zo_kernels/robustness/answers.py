@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from zo_kernels.activations import sequences
 from zo_kernels.chat import render
-
-Progress = Callable[[str, float, float], None]
-"""Called as progress(what, done, total) while something slow goes on."""
+from zo_kernels.progress import Progress
 
 TIE = 2.0**-14
 """Two logits closer than this times the largest magnitude count as a tie, see `generate`."""

@@ -8,14 +8,14 @@ from typing import Any
 
 from zo_kernels.robustness import statistics
 from zo_kernels.robustness.conditions import ACTIVATION_NOISE, CLEAN, QUANTIZED, WEIGHT_NOISE
-from zo_kernels.robustness.metrics import JUDGES, METRICS, Metric, items, whole
+from zo_kernels.robustness.metrics import JUDGE_TITLES, METRICS, Metric, items, whole
 
 SAME = (
     *("prompts", "noise_seed", "noise_kind", "noise_on", "refusal_list", "detector"),
     *("refusal", "max_length", "max_new_tokens"),
     *("text", "perplexity_window", "perplexity_tokens"),
 )
-"""Fields that must agree for records to be paired; and those that a judge leaves, where it did."""
+"""Fields that must agree for records to be paired; and of each judge its fingerprint."""
 LEVEL = 0.05
 _WINDOWS = ("utility_losses", "divergences")
 _TESTS = {
@@ -37,7 +37,7 @@ def compare_records(
     """Compare two checkpoints in every condition and metric that both have.
 
     Args:
-        reference, other: `suite.evaluate` records of one checkpoint each.
+        reference, other: `Evaluation.run` records of one checkpoint each.
         seed: of the resampling.
 
     Returns:
@@ -56,7 +56,7 @@ def compare_records(
         values = {str(r.get(key)) for records in (reference, other) for r in records}
         if len(values) > 1:
             raise ValueError(f"expected equal {key} to pair by, got {sorted(values)}")
-    for key in (f"{judge}_model" for judge in JUDGES):
+    for key in (f"{judge}_model" for judge in JUDGE_TITLES):
         values = {r[key] for records in (reference, other) for r in records if r.get(key)}
         if len(values) > 1:
             raise ValueError(f"expected one {key} to pair by, got {sorted(values)}")
@@ -122,9 +122,10 @@ def verdict(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
     neither = len(found) - better - worse
     counts = [f"{better} better", f"{worse} worse"]
     counts += [f"{neither} neither better nor worse"] if neither else []
+    verb = "is" if len(found) == 1 else "are"
     return (
-        f"{what}: {len(found)} of {len(judged)} differences are significant at a false discovery "
-        f"rate of {100 * LEVEL:.0f} %: {', '.join(counts)}."
+        f"{what}: {len(found)} of {len(judged)} differences {verb} significant at a false "
+        f"discovery rate of {100 * LEVEL:.0f} %: {', '.join(counts)}."
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from zo_kernels.robustness.metrics import JUDGES, whole
+from zo_kernels.robustness.metrics import JUDGE_TITLES, whole
 
 EXAMPLES = 12
 """Prompts of each kind whose answers are shown."""
@@ -35,7 +35,7 @@ def page(
         tables: title, head and rows of texts, one a metric.
         compared: head of the comparison tables.
         figures: file name -> PNG.
-        records: `suite.evaluate` records, for the answers.
+        records: `Evaluation.run` records, for the answers.
     """
     import jinja2
 
@@ -83,7 +83,7 @@ def answers(
             outcome = why or ("refused" if r[flags][i] else "answered")
             outcomes.add("degenerate" if why else outcome)
             marks = [outcome]
-            for judge, title in JUDGES.items():
+            for judge, title in JUDGE_TITLES.items():
                 scores = r.get(f"{judge}_scores") if kind == "harmful" else None
                 if scores is not None and scores[i] is not None:
                     marks.append(f"{title} {scores[i]:.2f}")

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from zo_kernels.chat import Example
-from zo_kernels.robustness.answers import Progress, eval_mode
+from zo_kernels.progress import Progress
+from zo_kernels.robustness.answers import eval_mode
 
 _HARMBENCH = """\
 [INST] <<SYS>>
@@ -185,11 +186,11 @@ def judge_answers(
     *,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Let a judge read the answers to harmful prompts in records of `evaluate`.
+    """Let a judge read the answers to harmful prompts in records of `Evaluation.run`.
 
     Args:
         records: of one or more checkpoints.
-        examples: those that `evaluate` got, with contexts.
+        examples: those that were asked, with contexts.
         judge: reads every answer; see `judges.JUDGES`.
         progress: called while it goes on.
 

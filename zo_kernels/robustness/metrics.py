@@ -55,8 +55,8 @@ class Metric:
         return f"{self.factor * value:.{self.digits}f}"
 
 
-JUDGES = {"harmbench": "HarmBench", "llama_guard": "Llama Guard"}
-"""Judges' names in records and in words; what they are is in judges.py."""
+JUDGE_TITLES = {"harmbench": "HarmBench", "llama_guard": "Llama Guard"}
+"""Judges' names in records, and in words; the judges are in judges.py."""
 
 METRICS = {
     metric.field: metric
@@ -244,8 +244,7 @@ def layer_rises(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list
             math.nan if a is None or b is None else b - a
             for a, b in zip(before, r["refusal_losses"], strict=True)
         ]
-        state = r["family"].partition("@")[0]
-        cells = found.setdefault((r["label"], state), {})
+        cells = found.setdefault((r["label"], r["state"]), {})
         cells.setdefault(r["block_number"], []).append(sum(rises) / len(rises))
     blocks = 1 + max((number for cells in found.values() for number in cells), default=-1)
     return {

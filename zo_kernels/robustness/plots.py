@@ -50,7 +50,7 @@ def metric_vs_noise(records: Sequence[dict[str, Any]], arms: Mapping[str, str]) 
     """Draw refusal loss, refusal rate and perplexity against the noise scale, a row a kind.
 
     Args:
-        records: `suite.evaluate` records of all arms.
+        records: `Evaluation.run` records of all arms.
         arms: label -> displayed name, in the order of the legend.
 
     Returns:
@@ -111,7 +111,7 @@ def layer_map(records: Sequence[dict[str, Any]], arms: Mapping[str, str]) -> byt
     """Draw how the refusal loss rises when one decoder block is disturbed, as a heat map.
 
     Args:
-        records: `suite.evaluate` records with conditions in one block (`EvaluationConfig.layers`).
+        records: `Evaluation.run` records with conditions in one block (`EvaluationConfig.layers`).
         arms: label -> displayed name.
 
     Returns:

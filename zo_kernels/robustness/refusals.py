@@ -180,8 +180,9 @@ REFUSAL_LISTS: dict[str, RefusalList] = {
 }
 """Versioned refusal lists; a list's name is reported with every rate and its strings never change.
 
-Published "prefixes" are matched anywhere in the answer, with regard to case, as their authors do;
-only XSTest's and ours are prefixes.
+They see words, not meaning: text broken by noise is counted as "no refusal", which is why
+`degenerate` stands beside every rate. Published "prefixes" are matched anywhere in the answer, with
+regard to case, as their authors do; only XSTest's and ours are prefixes.
 """
 
 
@@ -190,15 +191,3 @@ def refusal_list(name: str) -> RefusalList:
     if name not in REFUSAL_LISTS:
         raise ValueError(f"expected a refusal list out of {sorted(REFUSAL_LISTS)}, got {name}")
     return REFUSAL_LISTS[name]
-
-
-def is_refusal(text: str, list_name: str = "prefix-1") -> bool:
-    """Tell whether an answer is a refusal by one of `REFUSAL_LISTS`.
-
-    These lists see words, not meaning: text broken by noise is counted as "no refusal", which is
-    why `degenerate` stands beside every rate.
-
-    Raises:
-        ValueError: unknown list name.
-    """
-    return refusal_list(list_name)(text)

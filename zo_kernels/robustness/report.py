@@ -15,6 +15,9 @@ from zo_kernels.robustness.degenerate import COMPRESSION, SURPRISE
 from zo_kernels.robustness.metrics import METRICS, Metric, layer_rises, measured, summary, whole
 from zo_kernels.robustness.refusals import refusal_list
 
+PAGES = ("report.html", "summary.md", "summary.json")
+FIGURES = ("metric_vs_noise.png", "quantization.png", "layers.png", "loss_per_step.png")
+"""What `write_report` writes: all of the pages, and the figures that there is data for."""
 SETTINGS = (*SAME, "harmful_count", "harmless_count")
 _COMPARED = ("condition", "metric", "difference [95 %]", "effect", "p", "adjusted p", "significant")
 
@@ -37,7 +40,7 @@ def write_report(
 
     Args:
         directory: where to; made if absent.
-        records: `suite.evaluate` records of all arms, evaluated with one configuration.
+        records: `Evaluation.run` records of all arms, evaluated with one configuration.
         title: heading of the page.
         arms: labels in the order of the rows, or label -> displayed name.
         training_logs: panel title -> rows with keys step and loss; None or empty: no loss plot.
@@ -73,25 +76,25 @@ def write_report(
             for (label, state), rises in layer_rises(records).items()
         },
     }
-    figures = {
-        "metric_vs_noise.png": plots.metric_vs_noise(records, names),
-        "quantization.png": plots.quantized_bars(records, names),
-        "layers.png": plots.layer_map(records, names),
-        "loss_per_step.png": plots.loss_per_step(training_logs) if training_logs else None,
-    }
-    drawn = {name: data for name, data in figures.items() if data is not None}
+    figures = (
+        plots.metric_vs_noise(records, names),
+        plots.quantized_bars(records, names),
+        plots.layer_map(records, names),
+        plots.loss_per_step(training_logs) if training_logs else None,
+    )
+    drawn = {n: data for n, data in zip(FIGURES, figures, strict=True) if data is not None}
     tables = [_table(metric, names, document["summary"]) for metric in measured(records)]
     explained = _explained(document["settings"])
-    files: dict[str, str | bytes] = {
-        "report.html": html.page(document, explained, tables, _COMPARED, drawn, records),
-        "summary.md": _markdown(document, explained, tables),
-        "summary.json": json.dumps(document, indent=2, allow_nan=False) + "\n",
-        **drawn,
-    }
+    pages = (
+        html.page(document, explained, tables, _COMPARED, drawn, records),
+        _markdown(document, explained, tables),
+        json.dumps(document, indent=2, allow_nan=False) + "\n",
+    )
+    files: dict[str, str | bytes] = dict(zip(PAGES, pages, strict=True)) | drawn
     root = Path(directory)
     for name, data in files.items():
         write_file(root / name, data)
-    for name in figures.keys() - drawn.keys():
+    for name in set(FIGURES) - drawn.keys():
         (root / name).unlink(missing_ok=True)  # of an earlier report
     return {name: root / name for name in files}
 

@@ -1,7 +1,7 @@
 """The evaluation suite: one checkpoint under clean, noisy and quantised weights and activations.
 
-`evaluate` gives one record per condition. The same noise draw hits every checkpoint with the same
-normals, so two checkpoints are compared draw by draw and prompt by prompt.
+`Evaluation.run` gives one record per condition. The same noise draw hits every checkpoint with the
+same normals, so two checkpoints are compared draw by draw and prompt by prompt.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from zo_kernels.activations import sequences
 from zo_kernels.blocks import decoder_blocks
 from zo_kernels.chat import Encoded, Example, collate, completion_losses, encode, pad_id
-from zo_kernels.robustness.answers import Progress, eval_mode, generate
+from zo_kernels.progress import Progress
+from zo_kernels.robustness.answers import eval_mode, generate
 from zo_kernels.robustness.conditions import QUANTIZED, Condition, EvaluationConfig
 from zo_kernels.robustness.degenerate import DETECTOR, degenerate
 from zo_kernels.robustness.metrics import METRICS
@@ -37,22 +38,11 @@ _ITEMS = (
 _STEPS_OF_A_UNIT = 8  # decoding steps of a prompt that take about the time of its forward
 
 
-def evaluate(
-    model: Any,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    utility_text: str,
-    config: EvaluationConfig,
-    *,
-    label: str,
-    finished: Sequence[dict[str, Any]] = (),
-    on_result: Callable[[dict[str, Any]], None] | None = None,
-    progress: Progress | None = None,
-) -> list[dict[str, Any]]:
-    """Measure one checkpoint under every condition of `config`.
+class Evaluation:
+    """One checkpoint under every condition of a configuration.
 
     The model is evaluated in eval mode without gradients; its modes and the bits of its weights
-    are as before when the function returns or raises.
+    are as before when `run` returns or raises.
 
     Args:
         model: a transformers causal language model.
@@ -61,72 +51,16 @@ def evaluate(
             completion are answered; the loss of harmful ones is then that of `config.refusal`.
         utility_text: plain text for the perplexity.
         config: what to measure.
-        label: the checkpoint's name in the records.
-        finished: records of an earlier call with the same arguments that was cut off; their
-            conditions are not measured again.
-        on_result: called with each new record as soon as it is there.
-        progress: called while it goes on, in units of about one forward.
 
-    Returns:
-        One JSON-serialisable dict per condition, `finished` ones included: label, condition,
-        family, kind, level, draw, block (its name, of conditions in one block), block_number; what
-        the numbers depend on (noise, prompts, text, limits, dtype; `comparison.SAME`); the fields
-        of `metrics.METRICS` but judges', losses in nats per token and rates in 0..1; per prompt or
-        window their `items`; prompts and answers (harmful_prompts, harmful_answers, ...), why each
-        answer is degenerate (`degenerate`, harmless_degenerate) and its loss under the clean model
-        (surprise, harmless_surprise); seconds. What was not measured is None. A number that came
-        out NaN or infinite is None too and named in `non_finite`.
+    Attributes:
+        conditions: what is measured, in order.
+        settings: what every record says of how it was measured (`comparison.SAME`).
 
     Raises:
         ValueError: an unusable config, no example of one kind, a prompt without room for a
-            completion in `max_length` tokens, or groups that do not fit the model's weights; before
-            anything is measured.
+            completion in `max_length` tokens, or groups that do not fit the model's weights: all
+            that can be known before the work.
     """
-    work = _Work(model, tokenizer, examples, utility_text, config)
-    conditions = work.conditions
-    units = [work.units(condition) for condition in conditions]
-    known = {record["condition"]: record for record in finished}
-    records: list[dict[str, Any]] = []
-    try:
-        with eval_mode(model), torch.no_grad():
-            if any(c.name not in known and c.block is None for c in conditions):
-                work.utility.keep_clean(model)
-            for number, condition in enumerate(conditions):
-                if condition.name in known:
-                    records.append(known[condition.name])
-                    continue
-                before = sum(units[:number])
-
-                def advance(
-                    stage: str, done: float, name: str = condition.name, start: float = before
-                ) -> None:
-                    if progress is not None:
-                        progress(f"{name}: {stage}", start + done, sum(units))
-
-                record = {"label": label, **work.measure(condition, advance)}
-                records.append(record)
-                if on_result is not None:
-                    on_result(record)
-    finally:
-        work.utility.close()
-    if progress is not None:
-        progress("done", sum(units), sum(units))
-    return records
-
-
-def check(
-    model: Any,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    utility_text: str,
-    config: EvaluationConfig,
-) -> None:
-    """Raise what `evaluate` would raise of these arguments, before the work; a few seconds."""
-    _Work(model, tokenizer, examples, utility_text, config)
-
-
-class _Work:
-    """What one evaluation measures, prepared once."""
 
     def __init__(
         self,
@@ -182,6 +116,62 @@ class _Work:
         if config.layers:
             self.conditions += config.layer_conditions(len(decoder_blocks(model)))
 
+    def run(
+        self,
+        label: str,
+        *,
+        finished: Sequence[dict[str, Any]] = (),
+        on_result: Callable[[dict[str, Any]], None] | None = None,
+        progress: Progress | None = None,
+    ) -> list[dict[str, Any]]:
+        """Measure.
+
+        Args:
+            label: the checkpoint's name in the records.
+            finished: records of an earlier run of the same evaluation that was cut off; their
+                conditions are not measured again.
+            on_result: called with each new record as soon as it is there.
+            progress: called while it goes on, in units of about one forward.
+
+        Returns:
+            One JSON-serialisable dict per condition, `finished` ones included: label, condition,
+            family, state, kind, level, draw, block (its name, of conditions in one block),
+            block_number; the `settings`; the fields of `metrics.METRICS` but judges', losses in
+            nats per token and rates in 0..1; per prompt or window their `items`; prompts and
+            answers (harmful_prompts, harmful_answers, ...), why each answer is degenerate
+            (`degenerate`, harmless_degenerate) and its loss under the clean model (surprise,
+            harmless_surprise); seconds. What was not measured is None. A number that came out NaN
+            or infinite is None too and named in `non_finite`.
+        """
+        units = [self.units(condition) for condition in self.conditions]
+        known = {record["condition"]: record for record in finished}
+        records: list[dict[str, Any]] = []
+        try:
+            with eval_mode(self.model), torch.no_grad():
+                if any(c.name not in known and c.block is None for c in self.conditions):
+                    self.utility.keep_clean(self.model)
+                for number, condition in enumerate(self.conditions):
+                    if condition.name in known:
+                        records.append(known[condition.name])
+                        continue
+                    before = sum(units[:number])
+
+                    def advance(
+                        stage: str, done: float, name: str = condition.name, start: float = before
+                    ) -> None:
+                        if progress is not None:
+                            progress(f"{name}: {stage}", start + done, sum(units))
+
+                    record = {"label": label, **self.measure(condition, advance)}
+                    records.append(record)
+                    if on_result is not None:
+                        on_result(record)
+        finally:
+            self.utility.close()
+        if progress is not None:
+            progress("done", sum(units), sum(units))
+        return records
+
     def units(self, condition: Condition) -> float:
         """About how many forwards a condition takes."""
         if condition.block is not None:
@@ -198,6 +188,7 @@ class _Work:
         record: dict[str, Any] = {
             "condition": condition.name,
             "family": condition.family,
+            "state": condition.state,
             "kind": condition.kind,
             "level": condition.level,
             "draw": condition.draw,

@@ -86,14 +86,30 @@ class UtilityText:
         self._vocabulary = 0
 
     def keep_clean(self, model: Any) -> None:
-        """Take this model's distributions for the clean ones."""
+        """Take this model's distributions for the clean ones.
+
+        Raises:
+            OSError: there is no room for them; says how much they take, and where.
+        """
         self.close()
-        self._clean = tempfile.TemporaryFile(prefix="zo-kernels-")
         with eval_mode(model), torch.no_grad():
             for part in self.windows:
                 for logits in _logits(model, part):
                     self._vocabulary = logits.shape[1]
-                    self._clean.write(_log_probabilities(logits).cpu().numpy().tobytes())
+                    self._keep(_log_probabilities(logits).cpu().numpy().tobytes())
+
+    def _keep(self, data: bytes) -> None:
+        try:
+            if self._clean is None:
+                self._clean = tempfile.TemporaryFile(prefix="zo-kernels-")
+            self._clean.write(data)
+        except OSError as error:
+            size = sum(len(part) - 1 for part in self.windows) * self._vocabulary * 4
+            raise OSError(
+                f"the clean model's distributions: expected room for {size / 2**20:.0f} MB in "
+                f"{tempfile.gettempdir()} (TMPDIR says where; fewer perplexity_tokens take less): "
+                f"{error}"
+            ) from error
 
     def close(self) -> None:
         """Let the clean distributions go."""
@@ -139,18 +155,6 @@ class UtilityText:
         clean = torch.from_numpy(np.frombuffer(data, np.float32)).view(rows.shape).to(rows.device)
         terms = torch.where(clean == -torch.inf, 0.0, clean.exp() * (clean - rows))
         return terms.sum(dtype=torch.float64).item()
-
-
-def perplexity(
-    model: Any, tokenizer: Any, text: str, *, window: int = 256, max_tokens: int | None = None
-) -> float:
-    """Return exp(mean negative log likelihood in nats per token) of a text; see `UtilityText`.
-
-    A model that overflows gives inf or NaN, not an error.
-    """
-    return (
-        UtilityText(tokenizer, text, window=window, max_tokens=max_tokens).measure(model).perplexity
-    )
 
 
 def _logits(model: Any, ids: Sequence[int]) -> tuple[Tensor, ...]:
