@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -14,7 +15,8 @@ from zo_kernels.blocks import linear_weights
 from zo_kernels.refine import checkpoint
 from zo_kernels.refine.align import AlignConfig, align, learning_rate_factor
 from zo_kernels.refine.records import MetricsLog, read_records
-from zo_kernels.refine.refiner import RefineConfig, ZORefiner, select_parameters
+from zo_kernels.refine.config import RefineConfig, select_parameters
+from zo_kernels.refine.refiner import ZORefiner
 
 EXAMPLES = [
     chat.Example("how do i open a door", "turn the key and push it", chat.HARMLESS),
@@ -66,12 +68,14 @@ def test_learning_rate_schedule():
     assert {learning_rate_factor(step / 20, flat) for step in range(20)} == {1.0}
 
 
-def test_the_schedule_ends_with_the_time_too():
+def test_the_schedule_ends_with_the_time_too(monkeypatch):
     """With few of many steps taken, lr has still come down with the seconds."""
+    clock = itertools.count(step=0.01)  # a busy machine has seconds without steps
+    monkeypatch.setattr("zo_kernels.refine.align.time.perf_counter", lambda: next(clock))
     config = AlignConfig(steps=10_000, seconds=1.0, batch_size=2, warmup=0.2)
     records = align(tiny_model("llama"), tiny_tokenizer(), encoded(), config)
     rates = [r["lr"] for r in records]
-    assert len(records) < 5000 and max(rates) > 0.8 * config.lr
+    assert 20 < len(records) < 5000 and max(rates) > 0.8 * config.lr
     assert rates[0] < 0.2 * config.lr and rates[-1] < 0.1 * config.lr
 
 

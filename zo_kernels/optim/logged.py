@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from zo_kernels.replay import (
     Header,
     LogWriter,
     Parameter,
+    WarmStart,
     check_base,
     fingerprint,
     read_log,
@@ -40,6 +41,8 @@ class Logged:
     log: LogWriter | None
     param_groups: list[dict[str, Any]]
     state: dict[Tensor, dict[str, Any]]
+    #: What joins the update of the first step that is not skipped.
+    _warm_start: WarmStart | None = None
 
     @abstractmethod
     def _groups(self) -> list[Group]:
@@ -66,6 +69,36 @@ class Logged:
         slots = [slot for group in groups for slot in group.slots]
         base = fingerprint((slot.name, slot.tensor) for slot in slots)
         self.log = LogWriter(path, self._header(groups, base=base, user=user))
+
+    def warm_start(self, directions: Sequence[int], scales: Mapping[str, Sequence[float]]) -> None:
+        """Join an update that was measured elsewhere with that of the first step.
+
+            theta_i <- round(theta_i + sum_k scales[i][k] z_k)
+
+        after the update of the first step that is not skipped: gradient estimates along other
+        directions, such as those that scored layers, as further queries of that step. Logs and
+        replay have it too.
+
+        Args:
+            directions: of the z.
+            scales: by parameter name, one per direction.
+
+        Raises:
+            ValueError: steps were taken already or a log was begun, a name that is none of the
+                optimizer's, or scales that are not finite or not one per direction.
+        """
+        if self.steps or self.log is not None:
+            raise ValueError("warm_start: expected it before the first step and before any log")
+        warm = WarmStart(
+            tuple(directions), {name: tuple(map(float, row)) for name, row in scales.items()}
+        )
+        known = {slot.name for group in self._groups() for slot in group.slots}
+        unknown = sorted(warm.scales.keys() - known)
+        if unknown:
+            raise ValueError(
+                f"warm_start: expected parameters of the optimizer, got '{unknown[0]}'"
+            )
+        self._warm_start = warm
 
     def end_log(self) -> None:
         """Write the weights' fingerprint behind the last step and close the log."""
@@ -123,6 +156,7 @@ class Logged:
         state = replay_(tensors, log, start=measured, state=state, **options)
         names = {noise.canonical_name(slot.name): slot.name for slot in slots}
         self.mode.load_state({names[n]: copy for n, copy in state.copies.items()}, slots)
+        self._warm_start = log.header.warm_start if log.skipped.all() else None
         self.log = LogWriter.resume(path, log.header)
         self.steps = len(log.steps)
         return self.steps
@@ -154,6 +188,7 @@ class Logged:
             ),
             base=base,
             user=user,
+            warm_start=self._warm_start,
         )
 
     def _expect_logged(self, groups: Sequence[Group]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,7 +17,14 @@ from zo_kernels.moments import standard_deviation
 from zo_kernels.optim.groups import Group, check_group, check_storage
 from zo_kernels.optim.logged import NORM_PERIOD, Logged
 from zo_kernels.optim.record import Running, StepRecord
-from zo_kernels.replay import GroupStep, LogWriter, Step, group_update
+from zo_kernels.replay import (
+    GroupStep,
+    LogWriter,
+    Step,
+    WarmStart,
+    group_update,
+    warm_start_update,
+)
 
 _SAMPLE = 4096  # elements of each tensor over which a mode's restore error is measured
 
@@ -187,6 +195,7 @@ class ZOSGD(Logged, torch.optim.Optimizer):
             "distribution": self.mode.distribution,
             "streams": dict(self._streams),
             "held": self.mode.state(),
+            "warm_start": self._warm_start and asdict(self._warm_start),
         }
         return state
 
@@ -227,6 +236,8 @@ class ZOSGD(Logged, torch.optim.Optimizer):
             raise
         self.seed = self.mode.seed = zo["seed"]
         self.queries, self.steps = zo["queries"], zo["steps"]
+        warm = zo.get("warm_start")
+        self._warm_start = None if warm is None else WarmStart(**warm)
 
     def _groups(self) -> list[Group]:
         """The groups that have trainable parameters, as they are now."""
@@ -289,6 +300,7 @@ class ZOSGD(Logged, torch.optim.Optimizer):
             self.mode.settle()
         else:
             self._update(groups, steps, record)
+            self._update_warm(groups)
         self.steps += 1
 
     def _group_step(self, number: int, group: Group, record: StepRecord) -> GroupStep:
@@ -345,6 +357,19 @@ class ZOSGD(Logged, torch.optim.Optimizer):
         for gradient in record.projected_gradients:
             self._gradients.add(gradient)
         record.gradient_mean, record.gradient_std = self._gradients.mean, self._gradients.std
+
+    def _update_warm(self, groups: Sequence[Group]) -> None:
+        """The warm start, once."""
+        warm, self._warm_start = self._warm_start, None
+        if warm is None:
+            return
+        updates = []
+        for group in groups:
+            update = warm_start_update(warm, group.slots)
+            if update is not None:
+                updates.append(GroupUpdate(group.slots, update.scales, update.src_scale))
+        if updates:
+            self.mode.update(updates, warm.directions, None)
 
     def _measure_norm(self, group: Group) -> None:
         """||theta|| of the group into its options, every so many steps, where it is asked for."""

@@ -7,77 +7,29 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from zo_kernels.blocks import linear_weights
-from zo_kernels.chat import Encoded, Example, batch_stream, completion_loss, encode, pad_id
-from zo_kernels.modes import MODES
-from zo_kernels.optim import ZOSGD, named_parameters
+from zo_kernels.chat import Encoded, Example, batch_stream, encode, pad_id
+from zo_kernels.modes import Slot
+from zo_kernels.moments import standard_deviation
+from zo_kernels.noise import model_streams
+from zo_kernels.optim import ZOSGD
 from zo_kernels.progress import Progress
-from zo_kernels.replay import read_log
-
-SCHEDULES = ("constant", "cosine")
-
-
-@dataclass(frozen=True)
-class RefineConfig:
-    """Zeroth-order refinement.
-
-    Attributes:
-        steps: steps at most.
-        seconds: stop after this much wall time, if given.
-        batch_size: examples per loss evaluation.
-        lr: learning rate; with ``relative_eps`` in units of each tensor's standard deviation.
-        eps: perturbation scale. The default is the scale of the weight noise to be survived: at
-            eps much below it, a converged alignment loss gives no signal about robustness.
-        relative_eps: eps is a multiple of each tensor's standard deviation.
-        queries: directions per step.
-        weight_decay, clip_projected_gradient, update_norm: as in ``ZOSGD``.
-        schedule: "constant" or "cosine" (over ``steps``).
-        mode: who owns the weights during an evaluation: "streamed", "dual", "inplace",
-            "snapshot", "master", "master8" or "mezo"; see ``zo_kernels.modes``.
-        distribution: of the directions, "normal" or "rademacher".
-        parameters: "linear" (weights of the decoder blocks' linears), "all", or shell patterns of
-            parameter names separated by commas.
-        seed: of the noise and the batch order.
-        max_length: token limit of prompt plus completion.
-        first_batch: number of the first batch.
-    """
-
-    steps: int = 200
-    seconds: float | None = None
-    batch_size: int = 8
-    lr: float = 1e-3
-    eps: float = 0.1
-    relative_eps: bool = True
-    queries: int = 1
-    weight_decay: float = 0.0
-    clip_projected_gradient: float | None = None
-    update_norm: float | None = None
-    schedule: str = "constant"
-    mode: str = "streamed"
-    distribution: str = "normal"
-    parameters: str = "linear"
-    seed: int = 0
-    max_length: int = 512
-    first_batch: int = 0
-
-    def check(self) -> None:
-        """Raise ValueError naming the first option out of range (ZOSGD checks its own)."""
-        for name, low in (("steps", 1), ("batch_size", 1), ("first_batch", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
-        if self.seconds is not None and self.seconds <= 0:
-            raise ValueError(f"seconds: expected a positive number, got {self.seconds}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule: expected one of {SCHEDULES}, got {self.schedule!r}")
-        if self.mode not in MODES:
-            raise ValueError(f"mode: expected one of {sorted(MODES)}, got {self.mode!r}")
+from zo_kernels.refine.config import RefineConfig, first_block, select_parameters
+from zo_kernels.refine.curvature import Curvature, measure_curvature
+from zo_kernels.refine.held_out import EarlyStop, noisy_loss
+from zo_kernels.refine.objective import Objective, fixed_batches
+from zo_kernels.refine.prefix import PrefixCache
+from zo_kernels.refine.scores import Scores
+from zo_kernels.replay import Log, read_log, replay_
+from zo_kernels.robustness.conditions import parse_scheme
 
 
 class ZORefiner:
@@ -89,20 +41,40 @@ class ZORefiner:
         config: see ``RefineConfig``.
 
     Attributes:
-        optimizer: the ``ZOSGD`` that drives it.
+        parameters: what is moved, by name.
+        optimizer: the ``ZOSGD`` that drives it; where ``lr`` is "auto" its rate is 0 until ``run``
+            has measured it.
+        curvature: what a learning rate was told from, or None.
+        early_stop: the held-out losses of the run, or None.
     """
 
     def __init__(self, model: Any, tokenizer: Any, config: RefineConfig | None = None) -> None:
-        self.config = RefineConfig() if config is None else config
-        self.config.check()
+        self.config = config = RefineConfig() if config is None else config
+        config.check()
         self.model, self.tokenizer = model.eval(), tokenizer
-        options = {
-            key: value
-            for key, value in asdict(self.config).items()
-            if key in ("lr", "eps", "relative_eps", "queries", "weight_decay", "mode", "seed")
-            or key in ("clip_projected_gradient", "update_norm", "distribution")
-        }
-        self.optimizer = ZOSGD(select_parameters(model, self.config.parameters), **options)
+        self.parameters = dict(select_parameters(model, config.parameters, config.layers))
+        self.curvature: Curvature | None = None
+        self.early_stop: EarlyStop | None = None
+        self._view = None
+        if config.quantized is not None:
+            from zo_kernels.views import QuantizedView
+
+            scheme = parse_scheme(config.quantized)
+            scheme.pop("activations")
+            self._view = QuantizedView(model, **scheme)
+        first = first_block(model, list(self.parameters)) if config.reuse_prefix else 0
+        self._prefix = PrefixCache(model, record=first - 1) if first else None
+        self.optimizer = ZOSGD(
+            self.parameters.items(),
+            lr=0.0 if config.lr == "auto" else config.lr,
+            **config.optimizer_options(),
+        )
+        self._set_rate(self.optimizer.param_groups[0]["lr"])
+
+    def _set_rate(self, lr: float) -> None:
+        """The learning rate before the schedule."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = group["base_lr"] = lr
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
             lambda step: (
@@ -116,8 +88,11 @@ class ZORefiner:
         self,
         data: Sequence[Example] | Sequence[Encoded],
         *,
+        held_out: Sequence[Example] | Sequence[Encoded] | None = None,
+        scores: Scores | None = None,
         log: str | os.PathLike[str] | None = None,
         resume: bool = False,
+        earlier: Sequence[Mapping[str, Any]] = (),
         on_step: Callable[[dict[str, Any]], None] | None = None,
         progress: Progress | None = None,
     ) -> list[dict[str, Any]]:
@@ -125,77 +100,228 @@ class ZORefiner:
 
         Args:
             data: examples, encoded or not.
+            held_out: examples of the held-out loss, where the configuration asks for one.
+            scores: begin with the descent step that this scoring has measured.
             log: file for the replay log, from which ``zo-kernels replay`` rebuilds the weights.
             resume: go on where the log ends; the model is the one that the log began with, and
                 the result is bit for bit that of an uninterrupted run.
+            earlier: records of the steps before, which early stopping needs to go on.
             on_step: called with each step's record.
             progress: called as progress(text, done, total).
 
         Returns:
             One record per step taken: the fields of ``StepRecord``, loss (mean of the losses
-            evaluated) and seconds since the start.
+            evaluated), where measured clean_loss, curvature, trace (of H over what is moved, in
+            eps's coordinates) and held_out_loss (after the step), and seconds since the start. With
+            early stopping, the weights are those of the best held-out loss at the end, and the log
+            ends there.
 
         Raises:
-            ValueError: the log is of another run: other weights, options or data; names what.
+            ValueError: the log is of another run: other weights, options or data; names what. Or no
+                held-out examples where they are needed, or a rate that cannot be told.
+            RuntimeError: forwards cannot begin behind a block (``PrefixCache.check``).
         """
         config = self.config
-        encoded = [e for e in data if isinstance(e, Encoded)]
-        if len(encoded) != len(data):
-            encoded = encode(self.tokenizer, list(data), max_length=config.max_length)
-        done = self._open_log(Path(log), encoded, resume, progress) if log is not None else 0
-        batches = batch_stream(
-            encoded,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            pad_id=pad_id(self.tokenizer),
-            device=next(self.model.parameters()).device,
-            start=config.first_batch + done,
-        )
+        if config.held_out_every and not held_out:
+            raise ValueError("held_out: expected examples for held_out_every, got none")
+        encoded = self._encoded(data)
+        watched = self._objective(self._encoded(held_out)) if config.held_out_every else None
+        known = self._known(Path(log)) if log is not None and resume else None
+        with self._prefix or nullcontext():
+            done = 0 if known is None else len(known.steps)
+            batches = batch_stream(
+                encoded,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                pad_id=pad_id(self.tokenizer),
+                device=next(self.model.parameters()).device,
+                start=config.first_batch + done * config.accumulation,
+            )
+            self._calibrate(encoded, known)
+            if scores is not None and not done:
+                self._warm_start(scores)
+            if watched is not None and config.patience:
+                self.early_stop = EarlyStop(self.parameters, config.patience)
+                self._recall(known, earlier)
+            if log is not None:
+                self._open_log(Path(log), encoded, known, progress)
+            return self._steps(done, batches, watched, on_step, progress)
+
+    def _steps(
+        self,
+        done: int,
+        batches: Any,
+        watched: Objective | None,
+        on_step: Callable[[dict[str, Any]], None] | None,
+        progress: Progress | None,
+    ) -> list[dict[str, Any]]:
+        config = self.config
         records = []
         started = time.perf_counter()
         for number in range(done, config.steps):
-            batch = next(batches)
-            self.optimizer.step(lambda batch=batch: completion_loss(self.model, batch))
-            self.scheduler.step()
-            last = self.optimizer.last_step
-            elapsed = time.perf_counter() - started
-            record = {**asdict(last), "loss": last.loss, "seconds": elapsed}
+            record = self._step(number, [next(batches) for _ in range(config.accumulation)])
+            if watched is not None and (number + 1) % config.held_out_every == 0:
+                record["held_out_loss"] = self._held_out_loss(watched)
+                if self.early_stop is not None:
+                    self.early_stop.note(number + 1, record["held_out_loss"])
+            record["seconds"] = elapsed = time.perf_counter() - started
             records.append(record)
             if on_step is not None:
                 on_step(record)
-            over = config.seconds is not None and elapsed >= config.seconds
             if progress is not None:
-                text = f"step {number + 1}, loss {last.loss:.3f}"
+                text = f"step {number + 1}, loss {record['loss']:.3f}"
                 share = elapsed / config.seconds if config.seconds is not None else 0.0
                 if share > (number + 1) / config.steps:
                     progress(text, min(elapsed, config.seconds), config.seconds)
                 else:
                     progress(text, number + 1, config.steps)
-            if over:
+            over = config.seconds is not None and elapsed >= config.seconds
+            if over or (self.early_stop is not None and self.early_stop.over):
                 break
-        if self.optimizer.log is not None:
-            self.optimizer.end_log()
+        self._end()
         return records
 
+    def _step(self, number: int, micro_batches: Sequence[Any]) -> dict[str, Any]:
+        """One step on a batch that may be several forwards."""
+        config = self.config
+        if self._prefix is not None:
+            self._prefix.clear()
+        objective = self._objective(micro_batches)
+        if self._prefix is not None and not self._prefix.checked:
+            objective.check_prefix()
+        due = config.curvature_every and number % config.curvature_every == 0
+        clean = objective() if due else None
+        self.optimizer.step(objective)
+        self.scheduler.step()
+        last = self.optimizer.last_step
+        record = {**asdict(last), "loss": last.loss}
+        if clean is not None:
+            eps = config.scale()[0]
+            record["clean_loss"] = clean
+            record["curvature"] = last.loss - clean
+            record["trace"] = 2 * (last.loss - clean) / eps**2 if eps else None
+        return record
+
+    def _end(self) -> None:
+        """The best weights, where early stopping asks for them; and the end of the log."""
+        stop, log = self.early_stop, self.optimizer.log
+        if stop is not None and stop.losses and stop.steps < self.optimizer.steps:
+            self.optimizer.mode.settle()
+            stop.restore()
+            if log is not None:
+                log.drop_after(stop.steps)
+        if log is not None:
+            self.optimizer.end_log()
+
+    def _encoded(self, data: Sequence[Example] | Sequence[Encoded] | None) -> list[Encoded]:
+        found = [e for e in data or () if isinstance(e, Encoded)]
+        if data and len(found) != len(data):
+            found = encode(self.tokenizer, list(data), max_length=self.config.max_length)
+        return found
+
+    def _objective(self, batches: Sequence[Any]) -> Objective:
+        """The loss of batches, of encoded examples in batches of like lengths."""
+        prefix = self._prefix
+        if batches and isinstance(batches[0], Encoded):
+            batches = fixed_batches(self.model, self.tokenizer, batches, self.config.batch_size)
+            prefix = None  # their noise is on all weights, or they are not of a step
+        return Objective(self.model, batches, prefix=prefix, view=self._view)
+
+    def _held_out_loss(self, objective: Objective) -> float:
+        """The held-out loss under weight noise on all linear weights."""
+        config = self.config
+        weights, streams = linear_weights(self.model), model_streams(self.model)
+        sigma = config.scale()[0] if config.held_out_noise is None else config.held_out_noise
+        slots = [Slot(name, weight, streams[name]) for name, weight in weights.items()]
+        scales = [sigma * standard_deviation(weight) for weight in weights.values()]
+        return noisy_loss(objective, slots, scales, draws=config.held_out_draws, seed=config.seed)
+
+    def _calibrate(self, encoded: Sequence[Encoded], known: Log | None) -> None:
+        """Measure the learning rate, or take it from the log of a run that goes on."""
+        config = self.config
+        if config.lr != "auto":
+            return
+        if known is not None:
+            self._set_rate(float(known.header.user["lr"]))
+            return
+        eps, relative = config.scale()
+        streams = model_streams(self.model)
+        slots = [Slot(name, p, streams[name]) for name, p in self.parameters.items()]
+        units = [standard_deviation(slot.tensor) if relative else 1.0 for slot in slots]
+        size = config.batch_size * config.accumulation
+        self.curvature = measure_curvature(
+            self._objective(encoded[: max(size, 32)]),
+            slots,
+            units,
+            eps,
+            draws=config.calibration_draws,
+            seed=config.seed,
+            distribution=config.distribution,
+        )
+        self._set_rate(self.curvature.learning_rate())
+
+    def _warm_start(self, scores: Scores) -> None:
+        """Let the slopes that the scoring has measured join the first step.
+
+        Raises:
+            ValueError: the scores are of other coordinates than eps, or another seed.
+        """
+        _, relative = self.config.scale()
+        wanted = {"relative_rho": relative, "seed": self.config.seed}
+        for name, value in wanted.items():
+            if getattr(scores.config, name) != value:
+                raise ValueError(
+                    f"scores: expected {name} {value} as of the refinement, got "
+                    f"{getattr(scores.config, name)}"
+                )
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        directions, scales = scores.warm_start(list(self.parameters), lr)
+        if scales:
+            self.optimizer.warm_start(directions, scales)
+
+    def _known(self, path: Path) -> Log:
+        """The log of a run that goes on.
+
+        Raises:
+            ValueError: it is not a refinement's.
+        """
+        known = read_log(path)
+        if not isinstance(known.header.user, dict) or "options" not in known.header.user:
+            raise ValueError(f"{path}: expected the log of a refinement, got another one")
+        return known
+
+    def _recall(self, known: Log | None, earlier: Sequence[Mapping[str, Any]]) -> None:
+        """Let early stopping know of the steps before, and of the best weights among them."""
+        taken = 0 if known is None else len(known.steps)
+        for record in earlier:
+            loss = record.get("held_out_loss")
+            if loss is None or record["step"] >= taken:
+                continue
+            steps, weights = record["step"] + 1, None
+            if loss < self.early_stop.best:
+                weights = {name: p.detach().clone() for name, p in self.parameters.items()}
+                replay_(weights, known, stop=steps)
+            self.early_stop.note(steps, loss, weights)
+
     def _open_log(
-        self, path: Path, encoded: Sequence[Encoded], resume: bool, progress: Progress | None
-    ) -> int:
-        """Begin or continue the replay log; the number of steps that it has."""
+        self, path: Path, encoded: Sequence[Encoded], known: Log | None, progress: Progress | None
+    ) -> None:
+        """Begin the replay log, or take the weights to its end."""
         digest = hashlib.sha256(repr([asdict(item) for item in encoded]).encode()).hexdigest()
         free = ("steps", "seconds") if self.config.schedule == "constant" else ("seconds",)
         options = {k: v for k, v in asdict(self.config).items() if k not in free}
-        user = {"options": options, "data": digest}
-        if not resume:
+        options["layers"] = options["layers"] and list(options["layers"])  # as JSON has it
+        if known is None:
+            lr = float(self.optimizer.param_groups[0]["initial_lr"])
+            user = {"options": options, "data": digest, "lr": lr}
             self.optimizer.start_log(path, user=user)
-            return 0
-        logged = read_log(path).header.user
-        if not isinstance(logged, dict) or "options" not in logged:
-            raise ValueError(f"{path}: expected the log of a refinement, got another one")
+            return
+        logged = known.header.user
+        # An option that an older version did not know had its default.
+        taken = asdict(RefineConfig()) | logged["options"]
         for name, value in options.items():
-            if logged["options"].get(name) != value:
-                raise ValueError(
-                    f"{name}: expected {logged['options'].get(name)!r} as in {path}, got {value!r}"
-                )
+            if taken[name] != value:
+                raise ValueError(f"{name}: expected {taken[name]!r} as in {path}, got {value!r}")
         if logged["data"] != digest:
             raise ValueError(f"data: expected the examples with which {path} began, got others")
         done = self.optimizer.resume_log(path, progress=progress)
@@ -203,16 +329,3 @@ class ZORefiner:
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             self.scheduler.last_epoch = done - 1
             self.scheduler.step()
-        return done
-
-
-def select_parameters(model: Any, parameters: str) -> list[tuple[str, Any]]:
-    """The named parameters that "linear", "all" or comma-separated shell patterns choose.
-
-    Raises:
-        ValueError: nothing is chosen, or a pattern matches nothing.
-    """
-    if parameters == "linear":
-        return list(linear_weights(model).items())
-    patterns = [] if parameters == "all" else [p.strip() for p in parameters.split(",")]
-    return named_parameters(model, include=patterns)

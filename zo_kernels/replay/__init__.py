@@ -4,9 +4,9 @@ from zo_kernels.replay.apply import ReplayState, check_base, logged_tensors, rep
 from zo_kernels.replay.compare import Difference, diff
 from zo_kernels.replay.directory import Replayed, replay_directory
 from zo_kernels.replay.fingerprint import fingerprint
-from zo_kernels.replay.header import ARITHMETICS, Header, Parameter, arithmetic_of
+from zo_kernels.replay.header import ARITHMETICS, Header, Parameter, WarmStart, arithmetic_of
 from zo_kernels.replay.log import Log, Mark, read_log
-from zo_kernels.replay.updates import group_update
+from zo_kernels.replay.updates import group_update, warm_start_update
 from zo_kernels.replay.walk import Check, verify
 from zo_kernels.replay.writer import GroupStep, LogWriter, Step
 
@@ -23,6 +23,7 @@ __all__ = [
     "ReplayState",
     "Replayed",
     "Step",
+    "WarmStart",
     "arithmetic_of",
     "check_base",
     "diff",
@@ -33,4 +34,5 @@ __all__ = [
     "replay_",
     "replay_directory",
     "verify",
+    "warm_start_update",
 ]

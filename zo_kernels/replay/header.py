@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zo_kernels.checks import DTYPES, expect_int, expect_range
+from zo_kernels.checks import DTYPES, FLOAT32_MAX, expect_int, expect_range
 from zo_kernels.noise import DISTRIBUTIONS, NOISE_SPEC, canonical_name
 
 #: How weights take an update, by the optimizer's mode:
@@ -98,6 +98,38 @@ class Parameter:
 
 
 @dataclass(frozen=True, slots=True)
+class WarmStart:
+    """An update that joins that of the first step which is not skipped, after it.
+
+        theta_i = round(theta_i + sum_k scales[i][k] z_k)
+
+    Attributes:
+        directions: of the z; reserved ones, such as those that scored layers, are allowed.
+        scales: by parameter name, one per direction; parameters without stay as they are.
+    """
+
+    directions: tuple[int, ...]
+    scales: Mapping[str, tuple[float, ...]]
+
+    def __post_init__(self) -> None:
+        if not self.directions:
+            raise ValueError("warm_start.directions: expected at least one, got none")
+        for direction in self.directions:
+            expect_range("warm_start.directions", direction, 1 << 32)
+        for name, scales in self.scales.items():
+            if len(scales) != len(self.directions):
+                raise ValueError(
+                    f"warm_start.scales['{name}']: expected {len(self.directions)}, one per "
+                    f"direction, got {len(scales)}"
+                )
+            if not all(abs(scale) <= FLOAT32_MAX for scale in scales):  # NaN neither
+                raise ValueError(
+                    f"warm_start.scales['{name}']: expected numbers in the range of float32, got "
+                    f"{list(scales)}"
+                )
+
+
+@dataclass(frozen=True, slots=True)
 class Header:
     """What a log says once.
 
@@ -106,6 +138,7 @@ class Header:
         groups: the parameters of each parameter group, in the optimizer's order.
         base: ``fingerprint`` of the logged parameters before the first step, or None.
         user: anything that JSON can hold: configuration, a fingerprint of the data.
+        warm_start: an update beside that of the first step, or None.
         noise_spec: ``noise.NOISE_SPEC`` of the run.
         package: version of zo_kernels; set when the log is made.
         created: time of that, ISO 8601 in UTC; likewise.
@@ -118,6 +151,7 @@ class Header:
     groups: tuple[tuple[Parameter, ...], ...]
     base: str | None = None
     user: Any = None
+    warm_start: WarmStart | None = None
     noise_spec: int = NOISE_SPEC
     package: str | None = None
     created: str | None = None
@@ -127,6 +161,13 @@ class Header:
         if expect_int("queries", self.queries) < 1:
             raise ValueError(f"queries: expected at least 1, got {self.queries}")
         arithmetic_of(self.mode)
+        if self.warm_start is not None:
+            unknown = sorted(self.warm_start.scales.keys() - {p.name for p in self.parameters()})
+            if unknown:
+                raise ValueError(
+                    f"warm_start: expected parameters of the run, got '{unknown[0]}' "
+                    f"({len(unknown)} in all)"
+                )
         if self.distribution not in DISTRIBUTIONS:
             raise ValueError(
                 f"distribution: expected one of {DISTRIBUTIONS}, got {self.distribution!r}"
@@ -177,6 +218,11 @@ class Header:
                 )
         record = {name: getattr(self, name) for name in _PLAIN}
         record["arithmetic"] = self.arithmetic
+        if self.warm_start is not None:
+            record["warm_start"] = {
+                "directions": self.warm_start.directions,
+                "scales": dict(self.warm_start.scales),
+            }
         record["groups"] = [
             {
                 "parameters": [
@@ -202,7 +248,12 @@ class Header:
                 for group in record.pop("groups")
             )
             arithmetic = record.pop("arithmetic")
-            header = cls(groups=groups, **record)
+            warm = record.pop("warm_start", None)
+            if warm is not None:
+                warm = WarmStart(
+                    tuple(warm["directions"]), {n: tuple(s) for n, s in warm["scales"].items()}
+                )
+            header = cls(groups=groups, warm_start=warm, **record)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"header: expected the fields of this format, got {error}") from error
         if arithmetic != header.arithmetic:
@@ -215,8 +266,8 @@ class Header:
     def check_continues(self, found: Header) -> None:
         """Refuse unless a run with this header can go on with the log of the found one.
 
-        ``package``, ``created`` and ``user`` may differ, and so may ``base`` and the units where
-        one of the two is None.
+        ``package``, ``created``, ``user`` and ``warm_start`` may differ, and so may ``base`` and
+        the units where one of the two is None.
 
         Raises:
             ValueError: naming the field, what was expected and what the log has.

@@ -9,6 +9,7 @@ from zo_kernels.noise import training_direction
 from zo_kernels.ops import Update
 
 if TYPE_CHECKING:
+    from zo_kernels.replay.header import Parameter, WarmStart
     from zo_kernels.replay.log import Log
 
 
@@ -40,16 +41,41 @@ def group_update(
     return Update(directions, [[unit * c for c in coefficients] for unit in chosen], decay)
 
 
+def warm_start_update(
+    warm_start: WarmStart, parameters: Sequence[Parameter], members: Sequence[int] | None = None
+) -> Update | None:
+    """The warm start of a group, as an update; None if it moves none of the group's parameters.
+
+    Args:
+        warm_start: of the run.
+        parameters: all of the group's.
+        members: as in ``group_update``.
+    """
+    still = (0.0,) * len(warm_start.directions)
+    rows = [list(warm_start.scales.get(parameter.name, still)) for parameter in parameters]
+    if not any(map(any, rows)):
+        return None
+    chosen = rows if members is None else [rows[i] for i in members]
+    return Update(list(warm_start.directions), chosen, 1.0)
+
+
 def logged_updates(
     log: Log, group: int, start: int, stop: int, members: Sequence[int] | None = None
 ) -> Iterator[tuple[int, Update]]:
-    """(step, update) of each step in [start, stop) that changes the group, in order."""
+    """(step, update) of each step in [start, stop) that changes the group, in order.
+
+    A warm start comes as another update of its step.
+    """
     header = log.header
     units = [float(p.unit) for p in header.groups[group]]
     rows = log.steps[start:stop]
     applied = ~log.skipped[start:stop]
     coefficients = rows["coefficients"][:, group].tolist()
     decays = rows["decay"][:, group].tolist()
+    warm_step = None
+    if header.warm_start is not None and log.skipped[:start].all():
+        # No step before these was applied: the first that is has the warm start.
+        warm_step = next(iter((start + applied.nonzero()[0]).tolist()), None)
     for place in applied.nonzero()[0].tolist():
         step = start + place
         directions = [
@@ -58,3 +84,7 @@ def logged_updates(
         update = group_update(units, coefficients[place], decays[place], directions, members)
         if update is not None:
             yield step, update
+        if step == warm_step:
+            warm = warm_start_update(header.warm_start, header.groups[group], members)
+            if warm is not None:
+                yield step, warm

@@ -168,6 +168,24 @@ class LogWriter:
         digest = bytes.fromhex(check_fingerprint("fingerprint", fingerprint))
         self._append(MARK, MARK_PAYLOAD.pack(self.steps, digest))
 
+    def drop_after(self, steps: int) -> None:
+        """Take back the steps from number ``steps`` on, and the marks behind them.
+
+        Raises:
+            ValueError: there are fewer; nothing has been written then.
+            OSError: the file could not be shortened.
+        """
+        if not 0 <= steps <= self.steps:
+            raise ValueError(f"{self.path}: expected 0 to {self.steps} steps, got {steps}")
+        marks = sum(mark.steps > steps for mark in read_log(self.path).marks)
+        sizes = (
+            len(encode_record(STEP, bytes(self._layout.itemsize), self._seed)),
+            len(encode_record(MARK, bytes(MARK_PAYLOAD.size), self._seed)),
+        )
+        self._end -= (self.steps - steps) * sizes[0] + marks * sizes[1]
+        self.steps, self._dirty = steps, True
+        self._cut()
+
     def close(self) -> None:
         """Close the file; it can be resumed."""
         self._file.close()
