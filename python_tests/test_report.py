@@ -65,7 +65,7 @@ def test_html_needs_no_other_file_and_runs_no_answer(tmp_path) -> None:
     page = write_report(tmp_path, records, title="A <title>", arms=["base", "new"])["report.html"]
     text = page.read_text()
     assert "<h1>A &lt;title&gt;</h1>" in text
-    assert text.count("data:image/png;base64,") == 2
+    assert text.count("data:image/png;base64,") == 3
     assert not re.search(r"""(src|href)=["'](?!data:)""", text)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "<script" not in text
     assert "HarmBench 0.75" in text and '<span class="mark refused">refused</span>' in text

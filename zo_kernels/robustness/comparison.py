@@ -8,15 +8,8 @@ from typing import Any
 
 from zo_kernels.robustness import statistics
 from zo_kernels.robustness.conditions import ACTIVATION_NOISE, CLEAN, QUANTIZED, WEIGHT_NOISE
-from zo_kernels.robustness.metrics import (
-    JUDGE_TITLES,
-    METRICS,
-    Metric,
-    by_seed,
-    check_draws,
-    items,
-    whole,
-)
+from zo_kernels.robustness.metrics import JUDGE_TITLES, METRICS, Metric, items, whole
+from zo_kernels.robustness.seeds import by_seed, check_draws
 
 SAME = (
     *("prompts", "noise_seed", "noise_kind", "noise_on", "refusal_list", "detector"),
@@ -144,8 +137,8 @@ def verdict(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
             f"{what}: none of {len(judged)} differences is significant; these "
             f"{_listed(['prompts', 'draws', *_seeds(rows)])} do not tell the two apart."
         )
-    better = sum(_direction(row) == "better" for row in found)
-    worse = sum(_direction(row) == "worse" for row in found)
+    better = sum(direction(row) == "better" for row in found)
+    worse = sum(direction(row) == "worse" for row in found)
     neither = len(found) - better - worse
     counts = [f"{better} better", f"{worse} worse"]
     counts += [f"{neither} neither better nor worse"] if neither else []
@@ -163,6 +156,14 @@ def difference(row: Mapping[str, Any]) -> str:
     by, digits, _ = _unit(METRICS[row["metric"]])
     mean, low, high = (f"{by * row[key]:+.{digits}f}" for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
+
+
+def direction(row: Mapping[str, Any]) -> str:
+    """Whether a difference is "better", "worse" or "neither better nor worse"."""
+    better = METRICS[row["metric"]].better
+    if better is None or row["mean"] == 0:
+        return "neither better nor worse"
+    return "better" if (row["mean"] > 0) == (better == "higher") else "worse"
 
 
 def p_text(p: float | None) -> str:
@@ -185,14 +186,6 @@ def _unit(metric: Metric) -> tuple[float, int, str]:
     return (100, 1, "points") if metric.rate else (1, 3, "nats per token")
 
 
-def _direction(row: Mapping[str, Any]) -> str:
-    """Whether a difference is for the better."""
-    better = METRICS[row["metric"]].better
-    if better is None or row["mean"] == 0:
-        return "neither better nor worse"
-    return "better" if (row["mean"] > 0) == (better == "higher") else "worse"
-
-
 def _sentence(row: Mapping[str, Any]) -> str:
     """A comparison in plain words."""
     metric = METRICS[row["metric"]]
@@ -207,7 +200,7 @@ def _sentence(row: Mapping[str, Any]) -> str:
     counts += [f"{row['training_seeds']} training seeds"] if row["training_seeds"] > 1 else []
     test = _TESTS[row["test"]].format(factors=_factors(row))
     unit = _unit(metric)[2]
-    verb = f"is significant and {_direction(row)}" if row["significant"] else "is not significant"
+    verb = f"is significant and {direction(row)}" if row["significant"] else "is not significant"
     return (
         f"{start}the difference {difference(row)} {unit} {verb} ({test}, "
         f"p {p_text(row['p_value'])}, adjusted {p_text(row['adjusted_p'])}; {', '.join(counts)})."

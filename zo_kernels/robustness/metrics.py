@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from zo_kernels.robustness.conditions import CLEAN
+from zo_kernels.robustness.seeds import by_seed, check_draws, seed_of
 from zo_kernels.robustness.statistics import interval, mean_std
-
-Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
 @dataclass(frozen=True)
@@ -156,27 +155,6 @@ def whole(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [record for record in records if record.get("block") is None]
 
 
-def seed_of(record: Mapping[str, Any]) -> int | None:
-    """The training seed of the model that a record is of; None of a model that exists once."""
-    return record.get("training_seed")
-
-
-def by_seed(rows: Iterable[Row]) -> dict[int | None, list[Row]]:
-    """Records of one arm by training seed, in ascending order.
-
-    Raises ValueError if some of them have a training seed and others none.
-    """
-    groups: dict[int | None, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(seed_of(row), []).append(row)
-    if None in groups and len(groups) > 1:
-        label = groups[None][0]["label"]
-        raise ValueError(
-            f"{label}: expected a training_seed in all records or in none, got {list(groups)}"
-        )
-    return dict(sorted(groups.items(), key=lambda item: item[0] or 0))
-
-
 def summary(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     """Reduce records to label -> family -> metric -> {mean, std, low, high, n, ...}.
 
@@ -257,23 +235,6 @@ def items(rows: Sequence[Mapping[str, Any]], metric: Metric) -> np.ndarray | Non
     if not columns or any(None in column for column in columns):
         return None
     return np.array(columns, dtype=float).T.reshape(len(groups), -1, len(columns))
-
-
-def check_draws(
-    of: Mapping[str, Any], groups: Mapping[int | None, Sequence[Mapping[str, Any]]]
-) -> list[int]:
-    """The draws that each training seed of an arm has in one family, once each.
-
-    Raises ValueError if they differ or one is there twice; `of` is a record, for its message.
-    """
-    draws = {seed: sorted(row["draw"] or 0 for row in group) for seed, group in groups.items()}
-    first = next(iter(draws.values()))
-    if any(found != first for found in draws.values()) or len(set(first)) != len(first):
-        found = draws if len(draws) > 1 else first
-        raise ValueError(
-            f"{of['label']}, {of['family']}: expected the same draws once each, got {found}"
-        )
-    return first
 
 
 def bounds(rows: Sequence[dict[str, Any]], metric: Metric) -> tuple[float | None, float | None]:
