@@ -92,7 +92,7 @@ def costs_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "n/a",
         _times(PUBLISHED["memory_share"]),
     ]
-    return {"head": list(_HEAD), "rows": [*cells, published]}
+    return {"head": list(_HEAD), "marked": False, "rows": [*cells, published]}
 
 
 def costs_told(rows: Sequence[Mapping[str, Any]]) -> list[str]:

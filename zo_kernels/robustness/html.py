@@ -42,7 +42,8 @@ def page(
         explained: sentences on how to read the numbers.
         tables: title, head and rows of texts, one a metric.
         compared: head of the comparison tables.
-        sections: title, texts, head and rows of what follows the metrics' tables.
+        sections: title, texts, head, rows and marked (whether a row's last cell is its class) of
+            what follows the metrics' tables.
         figures: file name -> PNG.
         records: `Evaluation.run` records, for the answers.
     """

@@ -53,10 +53,11 @@ def scores_told(settings: Mapping[str, Any]) -> list[str]:
 
 
 def scores_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Head and rows of texts, in the order of the blocks, and which rows stand out."""
+    """Head and rows of texts, by block; the rows' last cells mark the selected ones."""
     ordered = sorted(rows, key=lambda row: row["number"])
     return {
         "head": list(_HEAD),
+        "marked": True,
         "rows": [
             [
                 f"{row['number']} ({row['block']})",

@@ -130,16 +130,16 @@ def _seeds_told(
     if not several:
         return []
     once = [names[label] for label, count in counts.items() if count == 1]
-    return [
-        f"Trained with several seeds: {', '.join(several)}. Their means, intervals and tests are "
-        "over these seeds too, arms being paired seed by seed; in simulations with 3 or 5 seeds "
-        "that alone move a model, 4.7 % of pure chance came out significant at a nominal 5 %, "
-        "less where draws and prompts matter as well, and a shift of two standard deviations of "
+    texts = [
+        f"Trained with several seeds: {'; '.join(several)}. Their means, intervals and tests are "
+        "over these seeds too, and two such arms are paired seed by seed. In simulations in which "
+        "training seeds alone move a model, 4.7 % of pure chance came out significant at a nominal "
+        "5 %, less where draws and prompts matter as well; a shift of two standard deviations of "
         "the seeds was found by 3 seeds in 46 % of cases, by 5 in 89 %."
-        + (
-            f" There is one model of {', '.join(once)}: what differs from it, differs from this "
-            "model, not from others of its kind."
-            if once
-            else ""
-        )
     ]
+    if once:
+        texts.append(
+            f"One model each: {'; '.join(once)}. A difference to such an arm is one to this very "
+            "model; another one of its kind may lie elsewhere."
+        )
+    return texts

@@ -127,8 +127,9 @@ def _strip(figure: Any, axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axis.spines[:].set_visible(False)
     figure.colorbar(image, cax=axis.inset_axes((1.01, 0.0, 0.012, 1.0)))
     if len(rows) <= _NUMBERED:
-        middle = np.nanmean([np.nanmin(values), np.nanmax(values)])
+        known = values[~np.isnan(values)]
+        middle = (known.min() + known.max()) / 2 if known.size else 0.0
         for row, value in zip(rows, values[0], strict=True):
-            if value == value:
+            if not np.isnan(value):
                 ink = "black" if value > middle else "white"
                 axis.text(row["number"], 0.5, f"{value:.3g}", color=ink, ha="center", va="center")

@@ -192,13 +192,16 @@ def _bars(
             whisker = None if low is None else [[max(0.0, value - low)], [max(0.0, high - value)]]
             if metric == "perplexity":  # its axis has no zero for a bar to stand on
                 style = arm_style(number) | {"linestyle": "none", "markersize": 8}
+                hatched = arm_fill(number)["hatch"]
+                style["markerfacecolor"] = "white" if hatched else style["color"]
                 axis.errorbar(x, value, whisker, capsize=2, **style)
             else:
                 axis.bar(x, value, 0.92 * width, yerr=whisker, capsize=2, **arm_fill(number))
             if len(rows) > 1:
                 points = _points(rows, measure)
                 dots = {"s": 9, "color": "white", "edgecolor": "black", "zorder": 3}
-                axis.scatter([x] * len(points), points, **dots)
+                beside = 0.3 * width * (metric == "perplexity")  # its markers are too small
+                axis.scatter([x + beside] * len(points), points, **dots)
             if numbers:
                 axis.annotate(
                     measure.text(value / measure.factor),

@@ -15,7 +15,7 @@ UTILITY = ("perplexity", "harmless_loss", "over_refusal_rate")
 """Utility metrics; the first that was compared is drawn."""
 _COLUMNS = 5  # panels side by side
 _LETTERS = 26  # a line of an arm's name
-_FAR = 4  # so many times the median reach: where a panel ends and arrows go on
+_FAR = 6  # so many times further than the next: what is worse by that leaves no room to the others
 _COLOURS = {"better": "#0072B2", "worse": "#D55E00", "chance": "#8C8C8C"}
 
 
@@ -31,8 +31,8 @@ def differences(
     Returns:
         A PNG file, or None without comparisons. Above the refusal loss, below one utility metric
         (`UTILITY`). Filled markers are significant after adjustment, and coloured by whether they
-        are for the better. Each panel has its own scale; what lies far outside is an arrow with its
-        number.
+        are for the better. Each panel has its own scale; an arm that is worse by far more than all
+        others is an arrow with its number.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -97,10 +97,7 @@ def _panel(
 ) -> None:
     """Draw one condition: a marker and an interval a row."""
     by = metric.factor
-    known = [row for row in found.values() if row["mean"] is not None]
-    reach = sorted(by * max(abs(row["low"]), abs(row["high"])) for row in known)
-    end = 1.15 * min(reach[-1], _FAR * reach[(len(reach) - 1) // 2]) if known else 0.0
-    end = end or (1.15 * reach[-1] if known else 0.0) or 1.0
+    end = 1.15 * by * _reach([row for row in found.values() if row["mean"] is not None])
     axis.axvline(0, color="black", linewidth=1.0)
     axis.grid(visible=False, axis="y")
     axis.set_xlim(-end, end)
@@ -128,6 +125,20 @@ def _panel(
                 f"{mean:+.3g}", (side * 0.86 * end, place), color=colour, fontsize=9,
                 ha="right" if side > 0 else "left", va="bottom",
             )  # fmt: skip
+
+
+def _reach(rows: Sequence[Mapping[str, Any]]) -> float:
+    """How far from 0 a panel goes: to all ends of intervals but those of arms that broke."""
+    known = sorted(rows, key=_end)
+    while (
+        len(known) > 1 and _kind(known[-1]) == "worse" and _end(known[-1]) > _FAR * _end(known[-2])
+    ):
+        known.pop()
+    return (_end(known[-1]) if known else 0.0) or 1.0
+
+
+def _end(row: Mapping[str, Any]) -> float:
+    return max(abs(row["low"]), abs(row["high"]))
 
 
 def _kind(row: Mapping[str, Any]) -> str:
