@@ -9,7 +9,7 @@ from tiny_records import in_blocks, made_up
 
 from zo_kernels.robustness import statistics
 from zo_kernels.robustness.comparison import compare_records, difference, verdict
-from zo_kernels.robustness.metrics import bounds, items, summary
+from zo_kernels.robustness.metrics import METRICS, bounds, items, seed_means, summary
 
 
 def test_mcnemar() -> None:
@@ -37,15 +37,15 @@ def test_sign_flip_of_no_effect_is_uniform() -> None:
 def test_interval_of_one_draw() -> None:
     """The normal interval of a mean of many; of a rate the exact one."""
     generator = np.random.Generator(np.random.Philox(7))
-    values = generator.normal(2.0, 1.0, (1, 400))
+    values = generator.normal(2.0, 1.0, (1, 1, 400))
     low, high = statistics.interval(values, rate=False, seed=0)
     half = 1.96 * values.std() / 20
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
     assert (low, high) == statistics.interval(values, rate=False, seed=0)
     assert (low, high) != statistics.interval(values, rate=False, seed=1)
-    all_of_them = statistics.interval(np.ones((1, 16)), rate=True, seed=0)
+    all_of_them = statistics.interval(np.ones((1, 1, 16)), rate=True, seed=0)
     assert all_of_them == pytest.approx((0.025 ** (1 / 16), 1.0))
-    assert statistics.interval(np.ones((3, 16)), rate=True, seed=0) == all_of_them
+    assert statistics.interval(np.ones((1, 3, 16)), rate=True, seed=0) == all_of_them
 
 
 def test_interval_of_several_draws() -> None:
@@ -62,7 +62,7 @@ def test_interval_of_several_draws() -> None:
     assert by_prompts[:2] == pytest.approx(tuple(exact.confidence_interval()))
     assert statistics.crossed(np.full((2, 3), 0.5)) == (0.5, 0.5, 0.0)
     assert statistics.crossed(np.zeros((2, 3))) == (0.0, 0.0, 1.0)
-    low, high = statistics.interval(np.array([[1, 1, 1], [1, 1, 0.0]]), rate=True, seed=0)
+    low, high = statistics.interval(np.array([[[1, 1, 1], [1, 1, 0.0]]]), rate=True, seed=0)
     assert 0 <= low < high == 1.0
 
 
@@ -72,48 +72,107 @@ def test_few_draws_do_not_make_chance_significant(draws: int) -> None:
     generator = np.random.Generator(np.random.Philox(draws))
     alarms = 0
     for _ in range(300):
-        d = generator.normal(size=(draws, 1)) + generator.normal(size=(draws, 60))
+        d = generator.normal(size=(1, draws, 1)) + generator.normal(size=(1, draws, 60))
         found = statistics.compare(np.zeros_like(d), d, rate=False, seed=0)
         assert (found.p_value < 0.05) == (not found.low <= 0 <= found.high)
         alarms += found.p_value < 0.05
     assert alarms <= 27  # of 300 at 5 %: 15 expected, 28 or more with a chance of 0.001
 
 
+@pytest.mark.parametrize(
+    ("seeds", "draws", "seed_shift", "other", "mean", "stated"),
+    [
+        (3, 5, 1.0, 0.0, 0.0, 0.047),
+        (5, 5, 1.0, 0.0, 0.0, 0.047),
+        (3, 1, 1.0, 0.0, 0.0, 0.045),
+        (5, 1, 1.0, 0.0, 0.0, 0.045),
+        (3, 5, 1.0, 1.0, 0.0, 0.017),
+        (5, 5, 1.0, 1.0, 0.0, 0.025),
+        (3, 5, 0.0, 0.0, 0.0, 0.0005),
+        (3, 5, 1.0, 0.0, 2.0, 0.46),
+        (5, 5, 1.0, 0.0, 2.0, 0.89),
+        (3, 5, 1.0, 0.0, 3.0, 0.74),
+        (5, 5, 1.0, 0.0, 3.0, 0.997),
+    ],
+)
+def test_rates_of_alarm_that_are_stated(
+    seeds: int, draws: int, seed_shift: float, other: float, mean: float, stated: float
+) -> None:
+    """A training run that moves all draws and prompts together: chance is not a finding.
+
+    `other` is what draws and prompts give the mean's standard deviation, relative to the seeds.
+    """
+    generator = np.random.Generator(np.random.Philox(100 * seeds + draws))
+    cases, prompts, found = 300, 40, 0
+    for _ in range(cases):
+        values = mean + seed_shift * generator.normal(size=(seeds, 1, 1))
+        values = values + other * (draws / seeds) ** 0.5 * generator.normal(size=(1, draws, 1))
+        values = values + other * (prompts / seeds) ** 0.5 * generator.normal(size=(1, 1, prompts))
+        low, high, p = statistics.crossed(values + generator.normal(size=(seeds, draws, prompts)))
+        assert (p < 0.05) == (not low <= 0 <= high)
+        found += p < 0.05
+    least, most = scipy.stats.binom.ppf((0.0005, 0.9995), cases, stated)
+    assert least <= found <= most
+
+
+def test_a_model_that_exists_once_meets_each_training_seed() -> None:
+    generator = np.random.Generator(np.random.Philox(9))
+    once, seeds = generator.normal(size=(1, 5, 40)), generator.normal(size=(3, 5, 40))
+    found = statistics.compare(once, seeds, rate=False, seed=0)
+    assert found == statistics.compare(np.repeat(once, 3, axis=0), seeds, rate=False, seed=0)
+    assert (found.training_seeds, found.draws, found.test) == (3, 5, "crossed-t")
+    back = statistics.compare(seeds, once, rate=False, seed=0)
+    assert (back.mean, back.low, back.p_value) == pytest.approx(
+        (-found.mean, -found.high, found.p_value)
+    )
+    # One draw of several seeds: each seed's mean is a value of Student's test where they outweigh.
+    by_seed = np.array([1.0, 2.0, 4.0])[:, None, None] + np.zeros((3, 1, 40))
+    found = statistics.compare(np.zeros((1, 1, 40)), by_seed, rate=False, seed=0)
+    exact = scipy.stats.ttest_1samp([1.0, 2.0, 4.0], 0)
+    assert found.p_value == pytest.approx(exact.pvalue) and found.test == "crossed-t"
+    for other in (np.zeros((2, 5, 40)), np.zeros((3, 4, 40)), np.zeros((5, 40))):
+        with pytest.raises(ValueError, match="same training seeds, got values of shapes"):
+            statistics.compare(seeds, other, rate=False, seed=0)
+    with pytest.raises(ValueError, match="at least 2 values"):
+        statistics.crossed(np.zeros((1, 1, 1)))
+
+
 def test_compare() -> None:
-    a, b = [[0, 0, 1, 1, 0, 0, 0, 0]], [[1, 1, 1, 0, 1, 1, 1, 1]]
+    a, b = [[[0, 0, 1, 1, 0, 0, 0, 0]]], [[[1, 1, 1, 0, 1, 1, 1, 1]]]
     found = statistics.compare(a, b, rate=True, seed=0)
     assert (found.mean, found.only_a, found.only_b) == (5 / 8, 1, 6)
-    assert (found.test, found.prompts, found.draws) == ("mcnemar", 8, 1)
+    assert (found.test, found.prompts, found.draws, found.training_seeds) == ("mcnemar", 8, 1, 1)
     assert found.p_value == statistics.mcnemar(1, 6)
-    units = np.array(b[0]) - np.array(a[0])
+    units = np.array(b[0][0]) - np.array(a[0][0])
     assert found.effect == pytest.approx(units.mean() / units.std(ddof=1))
-    assert statistics.compare(a * 2, b * 2, rate=True, seed=0).test == "crossed-t"
+    assert statistics.compare([a[0] * 2], [b[0] * 2], rate=True, seed=0).test == "crossed-t"
     same = statistics.compare(a, a, rate=True, seed=0)
     assert (same.low, same.high) == pytest.approx((0.025 ** (1 / 8) - 1, 1 - 0.025 ** (1 / 8)))
-    all_of_them = statistics.compare([[1] * 8] * 2, [[0] * 8] * 2, rate=True, seed=0)
+    all_of_them = statistics.compare([[[1] * 8] * 2], [[[0] * 8] * 2], rate=True, seed=0)
     assert all_of_them.low == -1.0 and all_of_them.high == pytest.approx(-(0.025 ** (1 / 8)))
-    wide = statistics.compare([[0] * 8] * 2, [[1] * 8, [0] + [1] * 7], rate=True, seed=0)
+    wide = statistics.compare([[[0] * 8] * 2], [[[1] * 8, [0] + [1] * 7]], rate=True, seed=0)
     assert wide.high == 1.0 > wide.low > 0
     rounding = statistics.compare(
-        [[0.1] * 9, [0.3] * 9, [0.1] * 9], [[0.4] * 9, [0.6] * 9, [0.3] * 9], rate=False, seed=0
+        [[[0.1] * 9, [0.3] * 9, [0.1] * 9]],
+        [[[0.4] * 9, [0.6] * 9, [0.3] * 9]],
+        rate=False,
+        seed=0,
     )
     assert rounding.effect is None  # all prompts alike but for the last bits
-    loss = statistics.compare([[1.0, 2.0]], [[1.0, 2.0]], rate=False, seed=0)
+    loss = statistics.compare([[[1.0, 2.0]]], [[[1.0, 2.0]]], rate=False, seed=0)
     assert (loss.p_value, loss.effect, loss.only_a, loss.test) == (1.0, None, None, "sign-flip")
     with pytest.raises(ValueError, match="same prompts"):
-        statistics.compare(a, [[1, 0]], rate=True, seed=0)
+        statistics.compare(a, [[[1, 0]]], rate=True, seed=0)
     with pytest.raises(ValueError, match="zeros and ones"):
-        statistics.compare([[0.5]], [[1]], rate=True, seed=0)
+        statistics.compare([[[0.5]]], [[[1]]], rate=True, seed=0)
 
 
 def test_items_and_bounds() -> None:
-    from zo_kernels.robustness.metrics import METRICS
-
     rows = [r for r in made_up("a", 0.0) if r["family"] == "w0.05"][::-1]
     found = items(rows, METRICS["refusal_loss"])
-    assert found == pytest.approx(np.array([[1.4, 1.5, 1.6], [1.5, 1.6, 1.7], [1.6, 1.7, 1.8]]))
+    assert found == pytest.approx(np.array([[[1.4, 1.5, 1.6], [1.5, 1.6, 1.7], [1.6, 1.7, 1.8]]]))
     # A prompt without a value in any draw is left out; one without in some draws spoils the mean.
-    assert items(rows, METRICS["harmless_loss"]).tolist() == [[2.0]] * 3
+    assert items(rows, METRICS["harmless_loss"]).tolist() == [[[2.0]] * 3]
     rows[0]["harmless_losses"] = [None, None]
     assert items(rows, METRICS["harmless_loss"]) is None
     assert bounds(rows, METRICS["harmless_loss"]) == (None, None)
@@ -172,6 +231,77 @@ def test_what_is_significant_is_said() -> None:
     assert "0 better, 2 worse" in verdict(worse, {"a": "a", "b": "b"})
 
 
+def trained(label: str, shifts: dict[int, float]) -> list[dict]:
+    """An arm of several training seeds, each with its own shift of the refusal loss."""
+    return [r for seed, shift in shifts.items() for r in made_up(label, shift, training_seed=seed)]
+
+
+def test_arms_of_several_training_seeds() -> None:
+    aligned = made_up("aligned", 0.0)
+    focused = trained("focused", {2: -0.3, 0: -0.1, 1: -0.2})
+    walk = trained("walk", {0: 0.1, 1: 0.2, 2: 0.0})
+    rows = {(r["family"], r["metric"]): r for r in compare_records(aligned, focused[::-1])}
+    quantized = rows["int4", "refusal_loss"]
+    exact = scipy.stats.ttest_1samp([-0.1, -0.2, -0.3], 0)
+    assert quantized["p_value"] == pytest.approx(exact.pvalue)
+    assert (quantized["low"], quantized["high"]) == pytest.approx(
+        tuple(exact.confidence_interval())
+    )
+    counts = (quantized["training_seeds"], quantized["draws"], quantized["prompts"])
+    assert counts == (3, 1, 3)
+    assert "t test over training seeds and prompts" in quantized["sentence"]
+    assert quantized["sentence"].endswith("; 3 prompts, 3 training seeds).")
+    noisy = rows["w0.1", "refusal_loss"]
+    assert "t test over training seeds, draws and prompts, p" in noisy["sentence"]
+    assert noisy["sentence"].endswith("; 3 prompts, 3 draws, 3 training seeds).")
+    same = [r | {"significant": False} for r in rows.values()]
+    assert "prompts, draws and training seeds do not tell" in verdict(
+        same, {"aligned": "a", "focused": "f"}
+    )
+    # Two arms: seed by seed, here -0.2, -0.4 and -0.3, whatever the order of the records.
+    rows = {(r["family"], r["metric"]): r for r in compare_records(walk[::-1], focused)}
+    assert rows["clean", "refusal_loss"]["mean"] == pytest.approx(-0.3)
+    exact = scipy.stats.ttest_1samp([-0.2, -0.4, -0.3], 0)
+    assert rows["clean", "refusal_loss"]["p_value"] == pytest.approx(exact.pvalue)
+    # One number that is not finite in one seed spoils the arm's, and is not left out.
+    focused[-1] |= {"refusal_loss": None, "non_finite": ["refusal_loss"]}
+    rows = {(r["family"], r["metric"]): r for r in compare_records(aligned, focused)}
+    row = rows["int4", "refusal_loss"]
+    assert row["mean"] is None and (row["training_seeds"], row["draws"]) == (3, 1)
+
+
+def test_training_seeds_that_cannot_be_paired() -> None:
+    aligned, arm = made_up("a", 0.0), trained("b", {0: 0.1, 1: 0.2})
+    with pytest.raises(ValueError, match=r"same training seeds.* got \[0, 2\] and \[0, 1\]"):
+        compare_records(trained("c", {0: 0.1, 2: 0.2}), arm)
+    with pytest.raises(ValueError, match=r"same training seeds.* got \[0\] and \[0, 1\]"):
+        compare_records(trained("c", {0: 0.1}), arm)
+    with pytest.raises(ValueError, match="a training_seed in all records or in none"):
+        compare_records(aligned, arm + made_up("b", 0.0))
+    lost = next(r for r in arm if r["training_seed"] == 1 and r["draw"] == 2)
+    with pytest.raises(ValueError, match=r"b, w0\.05: expected the same draws once each"):
+        compare_records(aligned, [r for r in arm if r is not lost])
+    with pytest.raises(ValueError, match="b, clean: expected the same draws once each"):
+        compare_records(aligned, arm + arm[:1])
+    assert compare_records(trained("c", {0: 0.1, 1: 0.1}), arm[::-1])
+
+
+def test_summary_of_several_training_seeds() -> None:
+    arm = trained("b", {0: 0.0, 1: 0.1, 2: 0.5})
+    rows = [r for r in arm if r["family"] == "w0.1"]
+    cell = summary(arm)["b"]["w0.1"]["refusal_loss"]
+    # Each seed's mean over its draws: 2 + shift + 0.1 (1 + shift).
+    means = [2.1, 2.21, 2.65]
+    assert cell["mean"] == pytest.approx(np.mean(means)) and cell["low"] < np.mean(means)
+    assert cell["std"] == pytest.approx(np.std(means, ddof=1))
+    assert (cell["n"], cell["training_seeds"]) == (9, 3)
+    assert seed_means(rows, METRICS["refusal_loss"]) == pytest.approx(dict(enumerate(means)))
+    assert items(rows[::-1], METRICS["refusal_loss"]).shape == (3, 3, 3)
+    assert items(rows[::-1], METRICS["refusal_loss"])[2, 1].tolist() == rows[7]["refusal_losses"]
+    rows[4]["refusal_loss"] = None
+    assert list(seed_means(rows, METRICS["refusal_loss"])) == [0, 2]
+
+
 def test_what_cannot_be_compared() -> None:
     a, b = made_up("a", 0.0), made_up("b", 0.0)
     b[0]["refusal_losses"] = [None, 1.0, 1.0]
@@ -202,7 +332,7 @@ def test_what_cannot_be_compared() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             compare_records(a, made_up("b", 0.0, **changes))
-    with pytest.raises(ValueError, match="one checkpoint"):
+    with pytest.raises(ValueError, match="one arm"):
         compare_records(a + b, b)
 
 

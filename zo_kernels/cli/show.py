@@ -68,6 +68,13 @@ def print_report(
                     families,
                     lambda label, family, m=metric: text(label, family, m),
                 )
+    if any(
+        cell["training_seeds"] > 1
+        for f in cells.values()
+        for m in f.values()
+        for cell in m.values()
+    ):
+        console.print("±: over training seeds where a model has several, else over noise draws")
     print_files(files)
 
 

@@ -1,4 +1,4 @@
-"""Two checkpoints, condition by condition: what differs, by how much, and whether it is chance."""
+"""Two arms, condition by condition: what differs, by how much, and whether it is chance."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from zo_kernels.robustness import statistics
 from zo_kernels.robustness.conditions import ACTIVATION_NOISE, CLEAN, QUANTIZED, WEIGHT_NOISE
 from zo_kernels.robustness.metrics import JUDGE_TITLES, METRICS, Metric, items, whole
+from zo_kernels.robustness.seeds import by_seed, check_draws
 
 SAME = (
     *("prompts", "noise_seed", "noise_kind", "noise_on", "refusal_list", "detector"),
@@ -21,7 +22,7 @@ _WINDOWS = ("utility_losses", "divergences")
 _TESTS = {
     "mcnemar": "McNemar's test",
     "sign-flip": "sign-flip test",
-    "crossed-t": "t test over draws and prompts",
+    "crossed-t": "t test over {factors}",
 }
 _WORDS = {
     CLEAN: "as it is",
@@ -34,10 +35,14 @@ _WORDS = {
 def compare_records(
     reference: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], *, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Compare two checkpoints in every condition and metric that both have.
+    """Compare two arms in every condition and metric that both have.
+
+    An arm is a model that exists once (records without a `training_seed`) or one model a training
+    seed. Arms of the same seeds are paired seed by seed; a model that exists once meets each seed's
+    model of the other arm.
 
     Args:
-        reference, other: `Evaluation.run` records of one checkpoint each.
+        reference, other: `Evaluation.run` records of one arm each.
         seed: of the resampling.
 
     Returns:
@@ -48,8 +53,8 @@ def compare_records(
         missing or not finite the numbers are None.
 
     Raises:
-        ValueError: records of several checkpoints, of other prompts or other noise, other draws,
-            a draw twice, or no condition in common.
+        ValueError: records of several arms, of other prompts or other noise, other draws, a draw
+            twice, other training seeds, or no condition in common.
     """
     arms = [_families(records) for records in (reference, other)]
     for key in SAME:
@@ -66,9 +71,16 @@ def compare_records(
     rows = []
     for family in common:
         a, b = arms[0][family], arms[1][family]
-        draws = [sorted(r["draw"] or 0 for r in arm) for arm in (a, b)]
-        if draws[0] != draws[1] or len(set(draws[0])) != len(draws[0]):
+        seeds = [by_seed(arm) for arm in (a, b)]
+        draws = [check_draws(arm[0], groups) for arm, groups in zip((a, b), seeds, strict=True)]
+        if draws[0] != draws[1]:
             raise ValueError(f"{family}: expected the same draws once each, got {draws}")
+        sets = [list(groups) for groups in seeds if None not in groups]
+        if len(sets) == 2 and sets[0] != sets[1]:
+            raise ValueError(
+                f"{family}: expected the same training seeds, to pair {a[0]['label']} and "
+                f"{b[0]['label']} seed by seed, got {sets[0]} and {sets[1]}"
+            )
         for metric in METRICS.values():
             if any(r.get(metric.items) is None for r in (*a, *b)):
                 continue  # not measured here
@@ -84,7 +96,15 @@ def compare_records(
             missing = [[value is None for value in arm[0][metric.items]] for arm in (a, b)]
             if first is None or second is None or missing[0] != missing[1]:
                 empty = dict.fromkeys(statistics.Difference.__annotations__)
-                rows.append(row | empty | {"prompts": len(a[0][metric.items]), "draws": len(a)})
+                rows.append(
+                    row
+                    | empty
+                    | {
+                        "prompts": len(a[0][metric.items]),
+                        "draws": len(draws[0]),
+                        "training_seeds": max(map(len, seeds)),
+                    }
+                )
             else:
                 rows.append(
                     row | asdict(statistics.compare(first, second, rate=metric.rate, seed=seed))
@@ -101,7 +121,7 @@ def compare_records(
 
 
 def verdict(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
-    """One sentence on all comparisons of two checkpoints.
+    """One sentence on all comparisons of two arms.
 
     Args:
         rows: of one call of `compare_records`.
@@ -114,11 +134,11 @@ def verdict(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
         return f"{what}: nothing could be compared; values are missing or not finite."
     if not found:
         return (
-            f"{what}: none of {len(judged)} differences is significant; these prompts and draws "
-            "do not tell the two apart."
+            f"{what}: none of {len(judged)} differences is significant; these "
+            f"{_listed(['prompts', 'draws', *_seeds(rows)])} do not tell the two apart."
         )
-    better = sum(_direction(row) == "better" for row in found)
-    worse = sum(_direction(row) == "worse" for row in found)
+    better = sum(direction(row) == "better" for row in found)
+    worse = sum(direction(row) == "worse" for row in found)
     neither = len(found) - better - worse
     counts = [f"{better} better", f"{worse} worse"]
     counts += [f"{neither} neither better nor worse"] if neither else []
@@ -138,6 +158,14 @@ def difference(row: Mapping[str, Any]) -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def direction(row: Mapping[str, Any]) -> str:
+    """Whether a difference is "better", "worse" or "neither better nor worse"."""
+    better = METRICS[row["metric"]].better
+    if better is None or row["mean"] == 0:
+        return "neither better nor worse"
+    return "better" if (row["mean"] > 0) == (better == "higher") else "worse"
+
+
 def p_text(p: float | None) -> str:
     """A p value as it is shown."""
     return "n/a" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
@@ -146,7 +174,7 @@ def p_text(p: float | None) -> str:
 def _families(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     labels = {record["label"] for record in records}
     if len(labels) != 1:
-        raise ValueError(f"expected records of one checkpoint, got {sorted(labels)}")
+        raise ValueError(f"expected records of one arm, got {sorted(labels)}")
     families: dict[str, list[Mapping[str, Any]]] = {}
     for record in whole(records):
         families.setdefault(record["family"], []).append(record)
@@ -158,14 +186,6 @@ def _unit(metric: Metric) -> tuple[float, int, str]:
     return (100, 1, "points") if metric.rate else (1, 3, "nats per token")
 
 
-def _direction(row: Mapping[str, Any]) -> str:
-    """Whether a difference is for the better."""
-    better = METRICS[row["metric"]].better
-    if better is None or row["mean"] == 0:
-        return "neither better nor worse"
-    return "better" if (row["mean"] > 0) == (better == "higher") else "worse"
-
-
 def _sentence(row: Mapping[str, Any]) -> str:
     """A comparison in plain words."""
     metric = METRICS[row["metric"]]
@@ -174,11 +194,29 @@ def _sentence(row: Mapping[str, Any]) -> str:
     start = f"{name[0].upper()}{name[1:]} {where}: "
     if row["mean"] is None:
         return start + "not finite, or not there, for some prompts; not compared."
-    items_ = f"{row['prompts']} {'prompts' if metric.items not in _WINDOWS else 'windows of text'}"
-    draws = f", {row['draws']} draws" if row["draws"] > 1 else ""
+    windows = metric.items in _WINDOWS
+    counts = [f"{row['prompts']} {'windows of text' if windows else 'prompts'}"]
+    counts += [f"{row['draws']} draws"] if row["draws"] > 1 else []
+    counts += [f"{row['training_seeds']} training seeds"] if row["training_seeds"] > 1 else []
+    test = _TESTS[row["test"]].format(factors=_factors(row))
     unit = _unit(metric)[2]
-    verb = f"is significant and {_direction(row)}" if row["significant"] else "is not significant"
+    verb = f"is significant and {direction(row)}" if row["significant"] else "is not significant"
     return (
-        f"{start}the difference {difference(row)} {unit} {verb} ({_TESTS[row['test']]}, "
-        f"p {p_text(row['p_value'])}, adjusted {p_text(row['adjusted_p'])}; {items_}{draws})."
+        f"{start}the difference {difference(row)} {unit} {verb} ({test}, "
+        f"p {p_text(row['p_value'])}, adjusted {p_text(row['adjusted_p'])}; {', '.join(counts)})."
     )
+
+
+def _factors(row: Mapping[str, Any]) -> str:
+    """What a crossed test takes as random."""
+    draws = ["draws"] if row["draws"] > 1 else []
+    return _listed([*_seeds([row]), *draws, "prompts"])
+
+
+def _seeds(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return ["training seeds"] if any(row["training_seeds"] > 1 for row in rows) else []
+
+
+def _listed(words: Sequence[str]) -> str:
+    """Words as a list in a sentence."""
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]

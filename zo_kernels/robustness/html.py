@@ -8,13 +8,20 @@ from importlib import resources
 from typing import Any
 
 from zo_kernels.robustness.metrics import JUDGE_TITLES, whole
+from zo_kernels.robustness.seeds import by_seed
 
 EXAMPLES = 12
 """Prompts of each kind whose answers are shown."""
 _CAPTIONS = {
-    "metric_vs_noise.png": "Lines are means over noise draws, points the draws, bands 95 %.",
-    "quantization.png": "Quantised weights and activations; whiskers are 95 % over prompts.",
+    "differences.png": "Paired differences with 95 % intervals, each panel on its own scale. "
+    "Filled: significant after adjustment for all differences of its pair. Arrows: further out.",
+    "metric_vs_noise.png": "Lines are means over noise draws and training seeds; points are the "
+    "seeds where an arm has several, else the draws; bands or whiskers are 95 %.",
+    "quantization.png": "Quantised weights and activations; whiskers are 95 % over prompts and "
+    "training seeds, points the seeds.",
     "layers.png": "Which block's disturbance alone raises the loss on refusals.",
+    "scores.png": "Scores that select the decoder blocks to refine: strong bars and triangles are "
+    "the selected ones, whiskers two standard errors.",
     "loss_per_step.png": "Training.",
 }
 
@@ -24,6 +31,7 @@ def page(
     explained: Sequence[str],
     tables: Sequence[Mapping[str, Any]],
     compared: Sequence[str],
+    sections: Sequence[Mapping[str, Any]],
     figures: Mapping[str, bytes],
     records: Sequence[dict[str, Any]],
 ) -> str:
@@ -34,6 +42,8 @@ def page(
         explained: sentences on how to read the numbers.
         tables: title, head and rows of texts, one a metric.
         compared: head of the comparison tables.
+        sections: title, texts, head, rows and marked (whether a row's last cell is its class) of
+            what follows the metrics' tables.
         figures: file name -> PNG.
         records: `Evaluation.run` records, for the answers.
     """
@@ -50,6 +60,7 @@ def page(
         explained=explained,
         tables=tables,
         compared=compared,
+        sections=sections,
         images=images,
         examples=[
             (kind, answers(records, document["arms"], kind)) for kind in ("harmful", "harmless")
@@ -63,7 +74,7 @@ def answers(
     """Answers to one kind of prompts, those first whose outcome changes most between conditions.
 
     Args:
-        records: of all arms; of several draws the first is shown.
+        records: of all arms; of several training seeds and draws the first are shown.
         names: label -> displayed name.
         kind: "harmful" or "harmless".
         most: prompts.
@@ -71,7 +82,16 @@ def answers(
     Returns:
         prompt, and its answers: condition, arm, text, marks (what was found about it).
     """
-    shown = [r for r in whole(records) if not r["draw"] and r.get(f"{kind}_answers") is not None]
+    first = {
+        label: next(iter(by_seed(r for r in records if r["label"] == label))) for label in names
+    }
+    shown = [
+        r
+        for r in whole(records)
+        if not r["draw"]
+        and r.get("training_seed") == first[r["label"]]
+        and r.get(f"{kind}_answers") is not None
+    ]
     if not shown:
         return []
     prefix, flags = ("", "refused") if kind == "harmful" else ("harmless_", "over_refused")

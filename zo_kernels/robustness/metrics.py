@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from zo_kernels.robustness.conditions import CLEAN
+from zo_kernels.robustness.seeds import by_seed, check_draws, seed_of
 from zo_kernels.robustness.statistics import interval, mean_std
 
 
@@ -157,11 +158,13 @@ def whole(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def summary(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     """Reduce records to label -> family -> metric -> {mean, std, low, high, n, ...}.
 
-    mean (`pooled`) and sample std are over the n draws, std None for n = 1; low and high are the
-    95 % interval over draws and prompts (`statistics.interval`), None where a prompt has no value.
-    Where a draw has no value (`missing` of them, `non_finite` of these because the value was NaN or
-    infinite, the others not measured) all are None: leaving such a draw out of a mean would flatter
-    the checkpoint. Conditions in one block are left out.
+    mean (`pooled`) is over the n records: of `training_seeds` training seeds (1 for a model that
+    exists once), each under the same draws. std is the sample standard deviation over training
+    seeds of their means, of one seed over its draws; None for a single value. low and high are the
+    95 % interval over seeds, draws and prompts (`statistics.interval`), None where a prompt has no
+    value. Where a record has no value (`missing` of them, `non_finite` of these because the value
+    was NaN or infinite, the others not measured) all are None: leaving such a draw out of a mean
+    would flatter the checkpoint. Conditions in one block are left out.
     """
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for record in whole(records):
@@ -170,31 +173,59 @@ def summary(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, 
     for label, families in groups.items():
         result[label] = {}
         for family, rows in families.items():
-            cells = result[label][family] = {}
-            for metric in METRICS:
-                values = [row.get(metric) for row in rows]
-                missing = sum(value is None for value in values)
-                known = not missing
-                low, high = bounds(rows, METRICS[metric]) if known else (None, None)
-                cells[metric] = {
-                    "mean": pooled(values, METRICS[metric]) if known else None,
-                    "std": mean_std(values)[1] if known else None,
-                    "low": low,
-                    "high": None if high == math.inf else high,
-                    "n": len(rows),
-                    "missing": missing,
-                    "non_finite": sum(metric in row["non_finite"] for row in rows),
-                }
+            result[label][family] = {name: _cell(rows, metric) for name, metric in METRICS.items()}
     return result
 
 
-def items(rows: Sequence[dict[str, Any]], metric: Metric) -> np.ndarray | None:
-    """Values [draw, prompt] behind a metric in one family's records, by ascending draw.
+def _cell(rows: Sequence[dict[str, Any]], metric: Metric) -> dict[str, Any]:
+    """One metric of one arm in one family, see `summary`."""
+    values = [row.get(metric.field) for row in rows]
+    missing = sum(value is None for value in values)
+    seeds = by_seed(rows)
+    known = not missing
+    low, high = bounds(rows, metric) if known else (None, None)
+    std = None
+    if known:
+        spread = seed_means(rows, metric).values() if len(seeds) > 1 else values
+        std = mean_std(list(spread))[1]
+    return {
+        "mean": pooled(values, metric) if known else None,
+        "std": std,
+        "low": low,
+        "high": None if high == math.inf else high,
+        "n": len(rows),
+        "training_seeds": len(seeds),
+        "missing": missing,
+        "non_finite": sum(metric.field in row["non_finite"] for row in rows),
+    }
 
-    Prompts that have no value in any draw (no completion to measure) are left out. None if a value
-    is missing in some draws only or came out not finite, or none is there.
+
+def seed_means(rows: Iterable[dict[str, Any]], metric: Metric) -> dict[int | None, float]:
+    """Training seed -> a metric's mean over its draws, of one arm's records in one family.
+
+    Seeds that lack a value in some draw are left out.
     """
-    ordered = sorted(rows, key=lambda row: row["draw"] or 0)
+    found = {
+        seed: [row.get(metric.field) for row in group] for seed, group in by_seed(rows).items()
+    }
+    return {seed: pooled(v, metric) for seed, v in found.items() if None not in v}
+
+
+def items(rows: Sequence[Mapping[str, Any]], metric: Metric) -> np.ndarray | None:
+    """Values [training seed, draw, prompt] behind a metric in one arm's records of one family.
+
+    By ascending seed and draw. Prompts that have no value in any record (no completion to measure)
+    are left out. None if a value is missing in some records only or came out not finite, or none is
+    there.
+
+    Raises:
+        ValueError: training seeds do not each have the same draws, once.
+    """
+    groups = by_seed(rows)
+    for group in groups.values():
+        group.sort(key=lambda row: row["draw"] or 0)
+    check_draws(rows[0], groups)
+    ordered = [row for group in groups.values() for row in group]
     if any(metric.field in row["non_finite"] for row in ordered):
         return None
     found = [row.get(metric.items) for row in ordered]
@@ -203,11 +234,11 @@ def items(rows: Sequence[dict[str, Any]], metric: Metric) -> np.ndarray | None:
     columns = [column for column in zip(*found, strict=True) if set(column) != {None}]
     if not columns or any(None in column for column in columns):
         return None
-    return np.array(columns, dtype=float).T
+    return np.array(columns, dtype=float).T.reshape(len(groups), -1, len(columns))
 
 
 def bounds(rows: Sequence[dict[str, Any]], metric: Metric) -> tuple[float | None, float | None]:
-    """95 % interval of a metric in one family's records, in the metric's unit."""
+    """95 % interval of a metric in one arm's records of one family, in the metric's unit."""
     values = items(rows, metric)
     if values is None:
         return None, None
@@ -216,7 +247,7 @@ def bounds(rows: Sequence[dict[str, Any]], metric: Metric) -> tuple[float | None
 
 
 def pooled(values: Sequence[float], metric: Metric) -> float:
-    """A metric's mean over draws; of the perplexity exp of the mean loss, as within a draw."""
+    """A metric's mean over records; of the perplexity exp of the mean loss, as within a draw."""
     if metric.field == "perplexity":
         return _exp(math.fsum(map(math.log, values)) / len(values))
     return math.fsum(values) / len(values)
@@ -232,14 +263,16 @@ def _exp(loss: float) -> float:
 def layer_rises(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[float]]:
     """(label, disturbance) -> rise of the refusal loss by block number, in nats per token.
 
-    NaN where a loss is missing or not finite, and for blocks that one model has and another not.
+    Means over draws, prompts and training seeds, each against its own model's clean losses. NaN
+    where a loss is missing or not finite, and for blocks that one model has and another not.
     """
-    clean = {r["label"]: r["refusal_losses"] for r in records if r["kind"] == CLEAN}
+    clean = {(r["label"], seed_of(r)): r["refusal_losses"] for r in records if r["kind"] == CLEAN}
     found: dict[tuple[str, str], dict[int, list[float]]] = {}
     for r in records:
-        if r.get("block") is None or r["label"] not in clean:
+        whose = (r["label"], seed_of(r))
+        if r.get("block") is None or whose not in clean:
             continue
-        before = clean[r["label"]][: len(r["refusal_losses"])]
+        before = clean[whose][: len(r["refusal_losses"])]
         rises = [
             math.nan if a is None or b is None else b - a
             for a, b in zip(before, r["refusal_losses"], strict=True)

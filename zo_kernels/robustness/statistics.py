@@ -1,9 +1,9 @@
-"""Paired statistics: two checkpoints, the same prompts, the same noise draws.
+"""Paired statistics: two arms, the same training seeds, noise draws and prompts.
 
-All of them start from values [draw, prompt]. Prompts are a sample of prompts and draws are one of
-draws, crossed: a difference is real if other prompts and other draws would show it too. Randomness
-is addressed: a Philox generator keyed by the caller's seed, so a result is a pure function of its
-arguments.
+All of them start from values [training seed, draw, prompt]. Training seeds, draws and prompts are a
+sample each, crossed: a difference is real if other seeds, other draws and other prompts would show
+it too. A model that exists once has one training seed. Randomness is addressed: a Philox generator
+keyed by the caller's seed, so a result is a pure function of its arguments.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Difference:
     """What a paired comparison found, b - a.
 
     Attributes:
-        mean: mean over draws and prompts, in the measure's unit.
-        low, high: 95 % interval: of one draw the percentile bootstrap over prompts, of several
-            ``crossed``.
-        p_value: two-sided, against "no difference"; not below 1e-9 for several draws.
-        test: "mcnemar" or "sign-flip" for one draw, "crossed-t" for several.
+        mean: mean over training seeds, draws and prompts, in the measure's unit.
+        low, high: 95 % interval: of one seed and draw the percentile bootstrap over prompts, of
+            several ``crossed``.
+        p_value: two-sided, against "no difference"; not below 1e-9 by ``crossed``.
+        test: "mcnemar" or "sign-flip" for one seed and draw, "crossed-t" for several.
         effect: Cohen's d_z, mean over standard deviation of the prompts' mean differences; None
             where that is 0.
-        only_a, only_b: of a rate, (draw, prompt) pairs that are 1 in a alone, in b alone.
-        prompts, draws: how many.
+        only_a, only_b: of a rate, (seed, draw, prompt) triples that are 1 in a alone, in b alone.
+        prompts, draws, training_seeds: how many.
     """
 
     mean: float
@@ -47,38 +47,43 @@ class Difference:
     only_b: int | None
     prompts: int
     draws: int
+    training_seeds: int
 
 
-def compare(
-    a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], *, rate: bool, seed: int
-) -> Difference:
-    """Compare two checkpoints on the same prompts under the same draws.
+Values = Sequence[Sequence[Sequence[float]]] | np.ndarray
+
+
+def compare(a: Values, b: Values, *, rate: bool, seed: int) -> Difference:
+    """Compare two arms on the same prompts, under the same draws, after the same training seeds.
 
     Args:
-        a, b: values [draw][prompt] of one measure.
+        a, b: values [training seed][draw][prompt] of one measure. Seeds are paired; an arm with
+            one (a model that exists once) meets each of the other's.
         rate: the values are 0 or 1 throughout.
         seed: of the resampling.
 
     Returns:
-        The difference b - a. One draw is tested over prompts, by McNemar's exact test if it is a
-        rate, else by ``sign_flip``; several draws by ``crossed``, over prompts and draws.
+        The difference b - a. Of one seed and draw it is tested over prompts, by McNemar's exact
+        test if it is a rate, else by ``sign_flip``; of several by ``crossed``.
 
     Raises:
         ValueError: shapes differ, there is no pair, or a rate has other values than 0 and 1.
     """
     first, second = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    if first.shape != second.shape or first.ndim != 2 or first.size == 0:
+    shapes = (first.shape, second.shape)
+    paired = first.ndim == second.ndim == 3 and first.shape[1:] == second.shape[1:]
+    if not paired or first.size == 0 or len({1, len(first), len(second)}) > 2:
         raise ValueError(
-            "expected the same prompts under the same draws, got values of shapes "
-            f"{first.shape} and {second.shape} [draws, prompts]"
+            "expected the same prompts under the same draws after the same training seeds, got "
+            f"values of shapes {shapes[0]} and {shapes[1]} [training seeds, draws, prompts]"
         )
-    if rate and not np.isin(np.concatenate((first, second)), (0.0, 1.0)).all():
+    if rate and not all(np.isin(values, (0.0, 1.0)).all() for values in (first, second)):
         raise ValueError("expected zeros and ones of a rate, got other values")
     differences = second - first
-    draws, prompts = differences.shape
-    units = differences.mean(axis=0)
+    seeds, draws, prompts = differences.shape
+    units = differences.mean(axis=(0, 1))
     only_a, only_b = int((differences < 0).sum()), int((differences > 0).sum())
-    if draws > 1:
+    if seeds > 1 or draws > 1:
         test = "crossed-t"
         low, high, p_value = crossed(differences)
     elif rate:
@@ -92,7 +97,8 @@ def compare(
     if rate and np.ptp(differences) == 0:
         # No pair disagrees, or all do and alike: as many might not among other prompts.
         room = exact_rate(0, prompts)[1]
-        low, high = max(differences[0, 0] - room, -1.0), min(differences[0, 0] + room, 1.0)
+        alike = float(differences.flat[0])
+        low, high = max(alike - room, -1.0), min(alike + room, 1.0)
     spread = units.std(ddof=1) if prompts > 1 else 0.0
     known = spread > 1e-12 * np.abs(differences).max(initial=0.0)
     return Difference(
@@ -106,50 +112,64 @@ def compare(
         only_b=only_b if rate else None,
         prompts=prompts,
         draws=draws,
+        training_seeds=seeds,
     )
 
 
 def interval(values: np.ndarray, *, rate: bool, seed: int) -> tuple[float, float]:
-    """95 % interval of the mean of one checkpoint's values.
+    """95 % interval of the mean of one arm's values.
 
     Args:
-        values: [draws, prompts]; of a rate 0 or 1.
+        values: [training seeds, draws, prompts]; of a rate 0 or 1.
         rate: whether they are of a rate: then the interval is exact (Clopper and Pearson) for one
-            draw, and for several where they show no spread; it ends at 0 and 1.
-        seed: of the bootstrap, for one draw of other values.
+            seed and draw, and for several where they show no spread; it ends at 0 and 1.
+        seed: of the bootstrap, for one seed and draw of other values.
     """
-    draws, prompts = values.shape
-    if draws > 1 and not (rate and np.ptp(values) == 0):
+    seeds, draws, prompts = values.shape
+    if (seeds > 1 or draws > 1) and not (rate and np.ptp(values) == 0):
         low, high, _ = crossed(values)
         return (max(low, 0.0), min(high, 1.0)) if rate else (low, high)
     if rate:
-        return exact_rate(round(float(values[0].sum())), prompts)
-    return bootstrap(values[0], seed=seed)
+        return exact_rate(round(float(values[0, 0].sum())), prompts)
+    return bootstrap(values[0, 0], seed=seed)
 
 
 def crossed(values: np.ndarray) -> tuple[float, float, float]:
-    """Interval of the mean over draws and prompts, and p against 0, both taken as random.
+    """Interval of the mean of crossed factors, and p against 0, each factor taken as random.
 
-    The interval's half width is the root of the sum of squares of two: Student's of the draws'
-    means and Student's of the prompts' means (Graybill and Wang 1980; what is left of each pair
-    counts in both, so it is rather too wide). Three draws that differ give a wide interval. p is
-    where the interval of coverage 1 - p ends at 0.
+    The interval's half width is the root of a sum of squares, one a factor: Student's half width
+    t_{n-1} s / sqrt(n) of the factor's n means over all others (Graybill and Wang 1980). p is where
+    the interval of coverage 1 - p ends at 0. Factors of one value say nothing and are left out.
+
+    Where one factor outweighs the others this is Student's test of its means. What factors share
+    (interactions, and what is left over) counts in each, so it is rather too wide. Simulated for
+    3 or 5 training seeds, 5 draws and 40 prompts, all normal, at a nominal 5 %: false alarms 4.7 %
+    where seeds outweigh all else (4.5 % with one draw), 1.7 % (3 seeds) and 2.5 % (5) where the
+    three factors give the mean alike variances, below 0.1 % where only left-over noise is there. A
+    shift of 2 or 3 standard deviations of the seeds is found by 3 seeds in 46 % or 74 % of cases,
+    by 5 in 89 % or 99.7 %: three seeds show large effects only.
 
     Args:
-        values: [draws, prompts], at least 2 draws.
+        values: an axis a factor, such as [training seeds, draws, prompts]; at least 2 values along
+            one of them.
 
     Returns:
         low, high, p.
+
+    Raises:
+        ValueError: there is one value in all.
     """
     from scipy.optimize import brentq
     from scipy.stats import t
 
+    if values.size < 2:
+        raise ValueError(f"expected at least 2 values, got an array of shape {values.shape}")
     mean = float(values.mean())
     parts = []
-    for axis in (1, 0):
-        means = values.mean(axis=axis)
-        if len(means) > 1:
-            parts.append((float(means.var(ddof=1)) / len(means), len(means) - 1))
+    for axis, count in enumerate(values.shape):
+        if count > 1:
+            means = values.mean(axis=tuple(other for other in range(values.ndim) if other != axis))
+            parts.append((float(means.var(ddof=1)) / count, count - 1))
 
     def half(chance: float) -> float:
         widths = (variance * t.isf(chance / 2, freedom) ** 2 for variance, freedom in parts)
