@@ -14,8 +14,8 @@ from zo_kernels import chat
 from zo_kernels.blocks import linear_weights
 from zo_kernels.refine import checkpoint
 from zo_kernels.refine.align import AlignConfig, align, learning_rate_factor
-from zo_kernels.refine.records import MetricsLog, read_records
 from zo_kernels.refine.config import RefineConfig, select_parameters
+from zo_kernels.refine.records import MetricsLog, read_records
 from zo_kernels.refine.refiner import ZORefiner
 
 EXAMPLES = [

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zo_kernels.cli import compare, evaluate, replay, train
+from zo_kernels.cli import compare, evaluate, replay, score, train
 from zo_kernels.cli.options import examples_of
 from zo_kernels.cli.show import print_report
 
@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train.add_commands(commands, _command)
+    score.add_commands(commands, _command)
     evaluate.add_commands(commands, _command)
     compare.add_commands(commands, _command)
     replay.add_commands(commands, _command)

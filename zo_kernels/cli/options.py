@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,26 @@ def add_options(
                 flag, action=argparse.BooleanOptionalAction, default=default, help=text
             )
         elif "tuple" in str(field.type):
-            item = float if "float" in str(field.type) else str
+            item = _item_type(str(field.type))
             command.add_argument(flag, nargs="*", type=item, default=default, help=text)
         else:
-            words = str(field.type)
-            item = int if "int" in words else float if "float" in words else str
+            item = _item_type(str(field.type))
             command.add_argument(flag, type=item, default=default, help=text)
+
+
+def _item_type(annotation: str) -> Callable[[str], Any]:
+    """What turns an option's text into a value of a field's type."""
+    if "float" in annotation:
+        return _number_or_word if "str" in annotation else float
+    return int if "int" in annotation else str
+
+
+def _number_or_word(text: str) -> float | str:
+    """A number if the text is one, else the text, such as "auto"."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _configuration(module: str, name: str) -> Any:
@@ -132,14 +146,14 @@ def read_suite(
 def _fits(value: Any, kind: str) -> bool:
     """Whether a YAML value is of a field's type."""
     if isinstance(value, list) and "tuple" in kind:
-        item = "float" if "float" in kind else "str"
+        item = next(one for one in ("float", "int", "str") if one in kind)
         return all(_fits(one, item) for one in value)
     if value is None:
         return "None" in kind
-    kinds = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
-    plain = kind.removesuffix(" | None")
-    allowed = kinds.get(plain, ())
-    return isinstance(value, allowed) and (plain == "bool" or not isinstance(value, bool))
+    kinds = {"str": (str,), "int": (int,), "float": (int, float)}
+    if isinstance(value, bool):
+        return "bool" in kind
+    return any(isinstance(value, kinds.get(one, ())) for one in kind.split(" | "))
 
 
 def examples_of(options: argparse.Namespace, split: str) -> list[Any]:

@@ -26,8 +26,17 @@ def add_commands(commands: Any, make: Any) -> None:
     command.add_argument(
         "--resume", action="store_true", help="go on with the unfinished run of the same --out"
     )
+    command.add_argument(
+        "--scores", type=Path, metavar="FILE",
+        help="scores.json of zo-kernels score: move the blocks that it chose, unless --layers says "
+        "which",
+    )  # fmt: skip
+    command.add_argument(
+        "--warm-start", action="store_true",
+        help="--scores: begin with the descent step that the scoring has measured",
+    )  # fmt: skip
     add_options(
-        command, "zo_kernels.refine.refiner", "RefineConfig", skip=("first_batch", "max_length")
+        command, "zo_kernels.refine.config", "RefineConfig", skip=("first_batch", "max_length")
     )
 
 
@@ -85,25 +94,35 @@ def _align(options: argparse.Namespace) -> None:
 
 def _refine(options: argparse.Namespace) -> None:
     from zo_kernels.refine.refiner import ZORefiner
+    from zo_kernels.refine.scores import Scores
 
-    config = read(options, "zo_kernels.refine.refiner", "RefineConfig")
+    scores = None if options.scores is None else Scores.load(options.scores)
+    if options.warm_start and scores is None:
+        raise ValueError("warm-start: expected --scores with it, got none")
+    if scores is not None and options.layers is None:
+        options.layers = list(scores.selected())
+    config = read(options, "zo_kernels.refine.config", "RefineConfig")
     config.check()
     final = options.out.parent / f"{options.out.name}.zolog"
     unfinished = final.with_suffix(".partial.zolog")
-    if options.resume and not unfinished.exists():
-        raise ValueError(f"resume: expected an unfinished run's log {unfinished}, found none")
-    if unfinished.exists() and not options.resume:
-        raise FileExistsError(
-            f"out: {unfinished} is of an unfinished run; go on with it by --resume, or delete it"
-        )
+    _check_unfinished(unfinished, options.resume)
     unfinished.parent.mkdir(parents=True, exist_ok=True)
     log = unfinished if config.mode != "mezo" else None  # whose drift no log can hold
+    earlier = _earlier(options, unfinished) if options.resume else ()
     _train(
         options,
         lambda model, tokenizer, encoded, on_step, progress: ZORefiner(
             model, tokenizer, config
-        ).run(encoded, log=log, resume=options.resume, on_step=on_step, progress=progress),
-        _earlier(options, unfinished) if options.resume else (),
+        ).run(
+            encoded,
+            scores=scores if options.warm_start else None,
+            log=log,
+            resume=options.resume,
+            earlier=earlier,
+            on_step=on_step,
+            progress=progress,
+        ),
+        earlier,
     )
     if log is not None:
         unfinished.replace(final)

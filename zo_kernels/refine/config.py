@@ -144,14 +144,6 @@ class RefineConfig:
         return own | {"eps": eps, "relative_eps": relative}
 
 
-def number_or_word(text: str) -> float | str:
-    """An option's text as a number if it is one, else as it is."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 def select_parameters(
     model: Any, parameters: str, layers: Sequence[int] | None = None
 ) -> list[tuple[str, Any]]:

@@ -8,11 +8,33 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from zo_kernels import noise
+from zo_kernels.chat import Encoded
 from zo_kernels.modes import Slot
 from zo_kernels.modes.streamed import StreamedWeights
 from zo_kernels.refine.objective import Objective
 
 _FIRST = noise.CALIBRATION + (1 << 20)  # below it, draws that calibrate
+
+
+def held_out_part(
+    encoded: Sequence[Encoded], every: int = 8
+) -> tuple[list[Encoded], list[Encoded]]:
+    """Training examples without every so many-th of each kind, and these.
+
+    Raises:
+        ValueError: there are so few that none is held out, or none left.
+    """
+    counts: dict[str, int] = {}
+    parts: tuple[list[Encoded], list[Encoded]] = ([], [])
+    for example in encoded:
+        counts[example.kind] = number = counts.get(example.kind, 0) + 1
+        parts[number % every == 0].append(example)
+    if not all(parts):
+        raise ValueError(
+            f"held_out: expected at least {every} examples of a kind, to hold every {every}th out, "
+            f"got {counts}"
+        )
+    return parts
 
 
 def noisy_loss(

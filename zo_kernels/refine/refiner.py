@@ -24,7 +24,7 @@ from zo_kernels.optim import ZOSGD
 from zo_kernels.progress import Progress
 from zo_kernels.refine.config import RefineConfig, first_block, select_parameters
 from zo_kernels.refine.curvature import Curvature, measure_curvature
-from zo_kernels.refine.held_out import EarlyStop, noisy_loss
+from zo_kernels.refine.held_out import EarlyStop, held_out_part, noisy_loss
 from zo_kernels.refine.objective import Objective, fixed_batches
 from zo_kernels.refine.prefix import PrefixCache
 from zo_kernels.refine.scores import Scores
@@ -100,7 +100,8 @@ class ZORefiner:
 
         Args:
             data: examples, encoded or not.
-            held_out: examples of the held-out loss, where the configuration asks for one.
+            held_out: examples of the held-out loss, where the configuration asks for one; without,
+                every eighth example of each kind is held out of the training.
             scores: begin with the descent step that this scoring has measured.
             log: file for the replay log, from which ``zo-kernels replay`` rebuilds the weights.
             resume: go on where the log ends; the model is the one that the log began with, and
@@ -117,15 +118,17 @@ class ZORefiner:
             ends there.
 
         Raises:
-            ValueError: the log is of another run: other weights, options or data; names what. Or no
-                held-out examples where they are needed, or a rate that cannot be told.
+            ValueError: the log is of another run: other weights, options or data; names what. Or
+                too few examples to hold some out, or a rate that cannot be told.
             RuntimeError: forwards cannot begin behind a block (``PrefixCache.check``).
         """
         config = self.config
-        if config.held_out_every and not held_out:
-            raise ValueError("held_out: expected examples for held_out_every, got none")
-        encoded = self._encoded(data)
-        watched = self._objective(self._encoded(held_out)) if config.held_out_every else None
+        encoded, watched = self._encoded(data), None
+        if config.held_out_every:
+            kept = self._encoded(held_out)
+            if held_out is None:
+                encoded, kept = held_out_part(encoded)
+            watched = self._objective(kept)
         known = self._known(Path(log)) if log is not None and resume else None
         with self._prefix or nullcontext():
             done = 0 if known is None else len(known.steps)

@@ -183,10 +183,21 @@ class Scores:
         return tuple(score.number for score in self.blocks if score.selected)
 
     def settings(self) -> dict[str, Any]:
-        """How they were measured, for a report."""
-        own = ("loss", "draws", "settled", "separation", "forwards", "naive_forwards", "seconds")
-        config = {k: v for k, v in asdict(self.config).items() if k not in ("draws", "examples")}
-        return config | {name: getattr(self, name) for name in ("examples", *own)}
+        """How they were measured, for a report (``robustness.scores.SETTINGS``)."""
+        config = self.config
+        scheme = None if config.quantization == "none" else config.quantization
+        return {
+            "rho": config.rho,
+            "relative": config.relative_rho,
+            "draws": self.draws,
+            "quantization": scheme,
+            "estimator": config.estimator,
+            "prompts": self.examples,
+            "stable": None if self.separation is None and not self.settled else self.settled,
+            "loss": self.loss,
+            "forwards": self.forwards,
+            "naive_forwards": self.naive_forwards,
+        }
 
     def rows(self) -> list[dict[str, Any]]:
         """One dict per block, as ``plots.layer_scores`` takes them."""
