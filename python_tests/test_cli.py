@@ -69,6 +69,38 @@ def test_align_then_refine(files, tmp_path, capsys, monkeypatch):
     assert refined.dtype == torch.bfloat16
 
 
+def test_a_stopped_alignment_is_resumed(files, tmp_path, capsys, monkeypatch):
+    """The same weights and the same log as of a run that nobody stopped."""
+    options = [*model_options(files), "--batch-size", 2, "--accumulation", 2, "--noise", 0.1]
+    options += ["--steps", 7, "--save-every", 3]
+    assert run("align", *options, "--out", tmp_path / "whole") == 0
+    original = records_module.MetricsLog.write
+
+    def stop(log, record):
+        original(log, record)
+        if record["step"] == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(records_module.MetricsLog, "write", stop)
+    parts = [*options, "--out", tmp_path / "parts"]
+    assert run("align", *parts) == 130
+    monkeypatch.undo()
+    assert not (tmp_path / "parts").exists()
+    assert run("align", *parts) == 1
+    assert "is of an unfinished run; go on with it by --resume" in capsys.readouterr().err
+    assert run("align", *parts, "--resume", "--lr", 5) == 1
+    assert "lr: expected 3e-05 as in" in capsys.readouterr().err
+    assert run("align", *parts, "--resume") == 0
+    prints, losses = set(), []
+    for name in ("whole", "parts"):
+        prints.add(checkpoint.fingerprint(checkpoint.load(tmp_path / name, dtype="float32")[0]))
+        losses.append([(r["step"], r["loss"]) for r in read_records(tmp_path / f"{name}.jsonl")])
+    assert len(prints) == 1 and losses[0] == losses[1] and len(losses[0]) == 7
+    assert not list(tmp_path.glob("*.partial*"))
+    assert run("align", *parts, "--resume") == 1
+    assert "resume: expected what an unfinished run leaves" in capsys.readouterr().err
+
+
 def test_a_killed_refinement_is_resumed_and_replayed(files, tmp_path, capsys, monkeypatch):
     """The same weights as of a run that nobody stopped, and as the log alone gives."""
     options = [*model_options(files), "--batch-size", 2, "--schedule", "cosine"]

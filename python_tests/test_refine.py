@@ -51,7 +51,10 @@ def test_align_is_reproducible_and_sgd_is_plain():
     assert all(torch.equal(b, bits(models[0])[k]) for k, b in bits(models[1]).items())
 
     model, copy = tiny_model("llama"), tiny_model("llama")
-    config = AlignConfig(steps=1, batch_size=2, lr=0.5, optimizer="sgd", warmup=0.0, clip_norm=9e9)
+    config = AlignConfig(
+        steps=1, batch_size=2, lr=0.5, optimizer="sgd", warmup=0.0, clip_norm=9e9,
+        precision="float32",
+    )  # fmt: skip
     align(model, tiny_tokenizer(), encoded(), config)
     batch = next(chat.batch_stream(encoded(), batch_size=2, seed=0, pad_id=2))
     chat.completion_loss(copy, batch).backward()

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_file(path: str | os.PathLike[str], data: str | bytes) -> None:
@@ -23,11 +24,22 @@ def write_file(path: str | os.PathLike[str], data: str | bytes) -> None:
             of a failure, and no part of the new file is left.
     """
     content = data.encode() if isinstance(data, str) else data
+    with replace_file(path) as stream:
+        stream.write(content)
+
+
+@contextmanager
+def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """``write_file`` for what is written piece by piece: the file has the name when the block ends.
+
+    Raises:
+        OSError: as ``write_file``; so with whatever is raised within the block.
+    """
     target, work = _places(path)
     stream = work.open("xb")
     try:
         with stream:
-            stream.write(content)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(work, target)

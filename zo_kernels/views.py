@@ -102,7 +102,7 @@ def perturbed(
         return
     address = {"seed": seed, "direction": EVAL_WEIGHT_NOISE + draw, "backend": backend}
     if in_place:
-        with _held(
+        with held(
             [chosen[name] for name in noisy],
             [stds[name] for name in noisy],
             streams=[streams[name] for name in noisy],
@@ -118,8 +118,15 @@ def perturbed(
 
 
 @contextmanager
-def _held(tensors: Sequence[Tensor], scales: Sequence[float], **address: Any) -> Iterator[None]:
-    """Tensors that hold round(w + scale * z) for the length of a block, and w after it."""
+def held(tensors: Sequence[Tensor], scales: Sequence[float], **address: Any) -> Iterator[None]:
+    """Tensors that hold round(w + scale * z) for the length of a block, and w after it.
+
+    Args:
+        tensors, scales, address: as for ``ops.Held``.
+
+    Raises:
+        RuntimeError: within a context that changes what the tensors read as.
+    """
     _expect_outermost()
     held = None
     try:

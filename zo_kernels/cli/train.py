@@ -19,6 +19,13 @@ def add_commands(commands: Any, make: Any) -> None:
     """
     command = make(commands, "align", _align, "first-order SFT on the completion tokens")
     _add_training(command)
+    command.add_argument(
+        "--save-every", type=int, default=50, metavar="STEPS",
+        help="keep what --resume needs, beside --out, after so many steps; 0 for never",
+    )  # fmt: skip
+    command.add_argument(
+        "--resume", action="store_true", help="go on with the unfinished run of the same --out"
+    )
     add_options(command, "zo_kernels.refine.align", "AlignConfig", skip=("first_batch",))
 
     command = make(commands, "refine", _refine, "zeroth-order refinement")
@@ -79,17 +86,34 @@ def _train(options: argparse.Namespace, run: Any, earlier: Sequence[dict[str, An
 
 def _align(options: argparse.Namespace) -> None:
     from zo_kernels.refine.align import align
+    from zo_kernels.refine.alignment_state import read_state
 
     config = read(options, "zo_kernels.refine.align", "AlignConfig")
     config.check()
     if options.dtype == "auto":
-        options.dtype = "float32"  # a first-order update is lost in 16-bit weights
+        options.dtype = "float32"  # no masters beside the weights, and products in bfloat16
+    state = options.out.parent / f"{options.out.name}.partial.state"
+    _check_unfinished(state, options.resume)
     _train(
         options,
         lambda model, tokenizer, encoded, on_step, progress: align(
-            model, tokenizer, encoded, config, on_step=on_step, progress=progress
+            model, tokenizer, encoded, config,
+            state=state, save_every=options.save_every, resume=options.resume,
+            on_step=on_step, progress=progress,
         ),
-    )
+        read_state(state)[0] if options.resume else (),
+    )  # fmt: skip
+    state.unlink(missing_ok=True)
+
+
+def _check_unfinished(path: Path, resume: bool) -> None:
+    """What an unfinished run left must be there to resume it, and must not be overwritten."""
+    if resume and not path.exists():
+        raise ValueError(f"resume: expected what an unfinished run leaves, {path}, found none")
+    if path.exists() and not resume:
+        raise FileExistsError(
+            f"out: {path} is of an unfinished run; go on with it by --resume, or delete it"
+        )
 
 
 def _refine(options: argparse.Namespace) -> None:
