@@ -7,17 +7,15 @@ Usage: python peak_memory.py MODEL_DIRECTORY DTYPE
 
 from __future__ import annotations
 
-import ctypes
 import json
-import resource
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 import zo_kernels as zk
 from zo_kernels.chat import builtin_examples, builtin_utility_text
+from zo_kernels.memory import PeakMemory
 from zo_kernels.refine.checkpoint import load
 from zo_kernels.replay import fingerprint
 from zo_kernels.robustness.conditions import Condition, EvaluationConfig
@@ -26,20 +24,6 @@ from zo_kernels.robustness.suite import Evaluation
 
 LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2)
 SCHEMES = ("int8", "int4-g64", "int4-asym-g64", "int3-g64", "nf4", "fp8_e4m3")
-
-
-def resident_peak() -> float:
-    """Peak resident memory since the last reset, in MB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def reset_peak() -> None:
-    """Give freed memory back to the system and start counting anew (Linux)."""
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def main() -> None:
@@ -70,10 +54,10 @@ def main() -> None:
         Evaluation(model, tokenizer, *texts, config).run("x")
 
     def peak_of(run: Callable[[], object], times: int) -> float:
-        reset_peak()
-        for _ in range(times):
-            run()
-        return resident_peak()
+        with PeakMemory() as memory:
+            for _ in range(times):
+                run()
+        return memory.peak / 2**20
 
     loss()
     peaks = {"forward": peak_of(loss, 2)}

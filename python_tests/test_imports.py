@@ -34,6 +34,7 @@ HELPERS = {
     "chat": set(),
     "checks": set(),
     "files": set(),
+    "memory": set(),
     "moments": {"noise", "ops"},
     "places": set(),
     "progress": set(),
