@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -128,9 +129,9 @@ def _lines(
         shift = dodge * (number - (len(arms) - 1) / 2)
         style = arm_style(number)
         known = [
-            (level + shift, *_mean_and_ends(found[level], measure))
-            for level in sorted(found)
-            if all(r[metric] is not None for r in found[level])
+            (level + shift, *_mean_and_ends(rows, measure))
+            for level, rows in sorted(found.items())
+            if any(r[metric] is not None or metric in r["non_finite"] for r in rows)
         ]
         x = [at for at, *_ in known]
         axis.plot(
@@ -162,7 +163,12 @@ def _points(rows: Sequence[dict[str, Any]], measure: Metric) -> list[float]:
 def _mean_and_ends(
     rows: Sequence[dict[str, Any]], measure: Metric
 ) -> tuple[float, float | None, float | None]:
-    """An arm's mean in one family and the ends of its 95 % interval, as they are shown."""
+    """An arm's mean in one family and the ends of its 95 % interval, as they are shown.
+
+    The mean is NaN, a gap in a line, where a record has no value.
+    """
+    if any(r[measure.field] is None for r in rows):
+        return math.nan, None, None
     mean = measure.factor * pooled([r[measure.field] for r in rows], measure)
     low, high = bounds(rows, measure)
     return (
@@ -217,7 +223,9 @@ def _bars(
     slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
     axis.set_xticks(range(len(families)), families, **slanted)
     axis.grid(visible=False, axis="x")
-    axis.margins(x=0.02 if not numbers else None, y=0.15)
+    axis.margins(y=0.15)
+    if not numbers:
+        axis.set_xlim(-0.5, len(families) - 0.5)  # panels lie below each other
     _scale(axis, metric)
 
 
@@ -241,7 +249,8 @@ def _logarithmic(axis: Any) -> None:
 
 def _logarithmic_if_wide(axis: Any) -> None:
     """Make the axis logarithmic, and say so, if its lines' values are positive and far apart."""
-    values = [value for line in axis.get_lines() for value in line.get_ydata()]
+    shown = (value for line in axis.get_lines() for value in line.get_ydata())
+    values = [value for value in shown if not math.isnan(value)]
     if values and 0 < _WIDE * min(values) < max(values):
         _logarithmic(axis)
         axis.set_ylabel(f"{axis.get_ylabel()} (log scale)")
