@@ -8,6 +8,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from zo_kernels.pipeline.settings import fits
+
 
 def add_model(command: argparse.ArgumentParser) -> None:
     """Options that name a model, its data and where it runs."""
@@ -126,7 +128,7 @@ def read_suite(
     for key, value in found.items():
         option = str(key).replace("-", "_")
         if option in folders:
-            if not isinstance(value, dict) or not all(_fits(v, "str") for v in value.values()):
+            if not isinstance(value, dict) or not all(fits(v, "str") for v in value.values()):
                 raise ValueError(f"{path}: {key}: expected names with folders, got {value!r}")
             values[option] = [f"{name}={path.parent / place}" for name, place in value.items()]
             continue
@@ -134,26 +136,13 @@ def read_suite(
             known = [*types, *folders]
             raise ValueError(f"{path}: expected options out of {known}, got {key!r}")
         several = isinstance(value, list) and option in lists
-        if not all(_fits(item, types[option]) for item in (value if several else [value])):
+        if not all(fits(item, types[option]) for item in (value if several else [value])):
             raise ValueError(f"{path}: {key}: expected {types[option]}, got {value!r}")
         if option in lists:
             values[option] = [path.parent / item for item in (value if several else [value])]
         else:
             values[option] = path.parent / value if option in files else value
     return values
-
-
-def _fits(value: Any, kind: str) -> bool:
-    """Whether a YAML value is of a field's type."""
-    if isinstance(value, list) and "tuple" in kind:
-        item = next(one for one in ("float", "int", "str") if one in kind)
-        return all(_fits(one, item) for one in value)
-    if value is None:
-        return "None" in kind
-    kinds = {"str": (str,), "int": (int,), "float": (int, float)}
-    if isinstance(value, bool):
-        return "bool" in kind
-    return any(isinstance(value, kinds.get(one, ())) for one in kind.split(" | "))
 
 
 def examples_of(options: argparse.Namespace, split: str) -> list[Any]:

@@ -117,6 +117,7 @@ def _check_unfinished(path: Path, resume: bool) -> None:
 
 
 def _refine(options: argparse.Namespace) -> None:
+    from zo_kernels.refine.records import logged_records
     from zo_kernels.refine.refiner import ZORefiner
     from zo_kernels.refine.scores import Scores
 
@@ -131,8 +132,9 @@ def _refine(options: argparse.Namespace) -> None:
     unfinished = final.with_suffix(".partial.zolog")
     _check_unfinished(unfinished, options.resume)
     unfinished.parent.mkdir(parents=True, exist_ok=True)
+    partial = options.out.parent / f"{options.out.name}.partial.jsonl"
     log = unfinished if config.mode != "mezo" else None  # whose drift no log can hold
-    earlier = _earlier(options, unfinished) if options.resume else ()
+    earlier = logged_records(partial, unfinished) if options.resume else ()
     _train(
         options,
         lambda model, tokenizer, encoded, on_step, progress: ZORefiner(
@@ -151,29 +153,3 @@ def _refine(options: argparse.Namespace) -> None:
     if log is not None:
         unfinished.replace(final)
         print(f"replay log {final}: {final.stat().st_size} bytes")
-
-
-def _earlier(options: argparse.Namespace, unfinished: Path) -> list[dict[str, Any]]:
-    """The records of the steps in an unfinished run's log, of which a kill may have cost the last.
-
-    The log is ahead of the records: it is written before the weights change.
-    """
-    from zo_kernels.refine.records import read_records
-    from zo_kernels.replay import read_log
-
-    path = options.out.parent / f"{options.out.name}.partial.jsonl"
-    known = {r["step"]: r for r in read_records(path)} if path.exists() else {}
-    records = []
-    for row in read_log(unfinished).steps:
-        number, plus, minus = int(row["step"]), list(row["losses_plus"]), list(row["losses_minus"])
-        seconds = records[-1]["seconds"] if records else 0.0
-        logged = {
-            "step": number,
-            "losses_plus": [float(loss) for loss in plus],
-            "losses_minus": [float(loss) for loss in minus],
-            "lr": [float(lr) for lr in row["lr"]],
-            "loss": float(sum(plus + minus) / len(plus + minus)),
-            "seconds": seconds,
-        }
-        records.append(known.get(number, logged))
-    return records

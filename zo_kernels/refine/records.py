@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from zo_kernels.files import write_file
+from zo_kernels.replay import read_log
 
 
 class MetricsLog:
@@ -62,6 +63,34 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise ValueError(f"{path}:{number}: expected a JSON object, got {line!r}") from error
+    return records
+
+
+def logged_records(
+    path: str | os.PathLike[str], log: str | os.PathLike[str]
+) -> list[dict[str, Any]]:
+    """The records of the steps in an unfinished refinement's replay log.
+
+    The log is ahead of the records, since it is written before the weights change: of a step whose
+    record a kill has cost, what the log says is there.
+
+    Args:
+        path: JSON lines of the run, if there are any.
+        log: its replay log.
+    """
+    known = {r["step"]: r for r in read_records(path)} if Path(path).exists() else {}
+    records: list[dict[str, Any]] = []
+    for row in read_log(log).steps:
+        number, plus, minus = int(row["step"]), list(row["losses_plus"]), list(row["losses_minus"])
+        logged = {
+            "step": number,
+            "losses_plus": [float(loss) for loss in plus],
+            "losses_minus": [float(loss) for loss in minus],
+            "lr": [float(lr) for lr in row["lr"]],
+            "loss": float(sum(plus + minus) / len(plus + minus)),
+            "seconds": records[-1]["seconds"] if records else 0.0,
+        }
+        records.append(known.get(number, logged))
     return records
 
 

@@ -106,14 +106,14 @@ class ZORefiner:
             log: file for the replay log, from which ``zo-kernels replay`` rebuilds the weights.
             resume: go on where the log ends; the model is the one that the log began with, and
                 the result is bit for bit that of an uninterrupted run.
-            earlier: records of the steps before, which early stopping needs to go on.
+            earlier: records of the steps before, for early stopping and the time that they took.
             on_step: called with each step's record.
             progress: called as progress(text, done, total).
 
         Returns:
             One record per step taken: the fields of ``StepRecord``, loss (mean of the losses
             evaluated), where measured clean_loss, curvature, trace (of H over what is moved, in
-            eps's coordinates) and held_out_loss (after the step), and seconds since the start. With
+            eps's coordinates) and held_out_loss (after the step), and seconds since the start, without interruptions. With
             early stopping, the weights are those of the best held-out loss at the end, and the log
             ends there.
 
@@ -148,19 +148,21 @@ class ZORefiner:
                 self._recall(known, earlier)
             if log is not None:
                 self._open_log(Path(log), encoded, known, progress)
-            return self._steps(done, batches, watched, on_step, progress)
+            before = earlier[-1]["seconds"] if known is not None and earlier else 0.0
+            return self._steps(done, batches, watched, before, on_step, progress)
 
     def _steps(
         self,
         done: int,
         batches: Any,
         watched: Objective | None,
+        before: float,
         on_step: Callable[[dict[str, Any]], None] | None,
         progress: Progress | None,
     ) -> list[dict[str, Any]]:
         config = self.config
         records = []
-        started = time.perf_counter()
+        started = time.perf_counter() - before
         for number in range(done, config.steps):
             record = self._step(number, [next(batches) for _ in range(config.accumulation)])
             if watched is not None and (number + 1) % config.held_out_every == 0:
