@@ -108,7 +108,7 @@ def _align(options: argparse.Namespace) -> None:
     if options.dtype == "auto":
         options.dtype = "float32"  # no masters beside the weights, and products in bfloat16
     state = options.out.parent / f"{options.out.name}.partial.state"
-    _check_unfinished(state, options.resume)
+    _check_unfinished(state, state.exists(), options.resume)
     _train(
         options,
         lambda model, tokenizer, encoded, on_step, progress: align(
@@ -132,12 +132,14 @@ def _dpo(options: argparse.Namespace) -> None:
     if options.dtype == "auto":
         options.dtype = "float32"  # the only one in which TRL's steps arrive
     state = options.out.parent / f"{options.out.name}.partial.trl"
-    _check_unfinished(state, options.resume)
+    _check_unfinished(state, bool(dpo.whole_checkpoints(state)), options.resume)
     earlier: list[dict[str, Any]] = []
     if options.resume:
         done = dpo.checkpoint_steps(dpo.last_checkpoint(state))
         records = read_records(options.out.parent / f"{options.out.name}.partial.jsonl")
         earlier = [record for record in records if record["step"] < done]
+    elif state.exists():
+        shutil.rmtree(state)  # of a run that was stopped before it had a whole checkpoint
     _train(
         options,
         lambda model, tokenizer, pairs, on_step, progress: dpo.dpo(
@@ -152,11 +154,11 @@ def _dpo(options: argparse.Namespace) -> None:
     shutil.rmtree(state, ignore_errors=True)
 
 
-def _check_unfinished(path: Path, resume: bool) -> None:
+def _check_unfinished(path: Path, unfinished: bool, resume: bool) -> None:
     """What an unfinished run left must be there to resume it, and must not be overwritten."""
-    if resume and not path.exists():
+    if resume and not unfinished:
         raise ValueError(f"resume: expected what an unfinished run leaves, {path}, found none")
-    if path.exists() and not resume:
+    if unfinished and not resume:
         raise FileExistsError(
             f"out: {path} is of an unfinished run; go on with it by --resume, or delete it"
         )

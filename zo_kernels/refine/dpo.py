@@ -217,12 +217,8 @@ def dpo(
     return records.records
 
 
-def last_checkpoint(state: str | os.PathLike[str]) -> Path:
-    """The newest whole checkpoint in a state's folder; the number in its name is its steps.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+def whole_checkpoints(state: str | os.PathLike[str]) -> list[Path]:
+    """The whole checkpoints in a state's folder, if there is one, oldest first."""
     whole = []
     for folder in Path(state).glob("checkpoint-*"):
         try:
@@ -230,13 +226,23 @@ def last_checkpoint(state: str | os.PathLike[str]) -> Path:
         except (OSError, ValueError):
             continue  # a kill came in between
         whole.append(folder)
+    return sorted(whole, key=checkpoint_steps)
+
+
+def last_checkpoint(state: str | os.PathLike[str]) -> Path:
+    """The newest whole checkpoint in a state's folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    whole = whole_checkpoints(state)
     if not whole or not (Path(state) / _IDENTITY).exists():
         raise FileNotFoundError(f"resume: expected an unfinished run's checkpoint in {state}")
-    return max(whole, key=checkpoint_steps)
+    return whole[-1]
 
 
 def checkpoint_steps(checkpoint: Path) -> int:
-    """Steps taken before a checkpoint."""
+    """Steps taken before a checkpoint: the number in its name."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
