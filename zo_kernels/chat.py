@@ -106,10 +106,11 @@ def select(
     return [e for e in examples if wanted in (None, e.kind) and split in (None, e.split)]
 
 
-def _parse(data: bytes, name: str) -> list[Example]:
-    """Parse JSON Lines; ``name`` is what errors call the file."""
-    examples: list[Example] = []
-    any_split = False
+def json_rows(data: bytes, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of JSON Lines with their places, ``name:line``; blank lines are left out.
+
+    Raises ValueError, which names the place, for a line that is no JSON object in UTF-8.
+    """
     for number, raw in enumerate(data.split(b"\n"), start=1):
         if not raw.strip():
             continue
@@ -122,7 +123,15 @@ def _parse(data: bytes, name: str) -> list[Example]:
             ) from error
         if not isinstance(row, dict):
             raise ValueError(f"{where}: whole line: expected a JSON object, got {raw[:40]!r}")
-        prompt, completion = _text(row, "prompt", where), _text(row, "completion", where)
+        yield where, row
+
+
+def _parse(data: bytes, name: str) -> list[Example]:
+    """Parse JSON Lines; ``name`` is what errors call the file."""
+    examples: list[Example] = []
+    any_split = False
+    for where, row in json_rows(data, name):
+        prompt, completion = (text_field(row, f, where) for f in ("prompt", "completion"))
         kind = _choice(row, "kind", tuple(_KINDS), where)
         split = TRAIN
         if "split" in row:
@@ -139,8 +148,8 @@ def _got(row: Mapping[str, Any], field: str) -> str:
     return f"{row[field]!r}" if field in row else "no such field"
 
 
-def _text(row: Mapping[str, Any], field: str, where: str) -> str:
-    """The non-blank string in a field, unchanged."""
+def text_field(row: Mapping[str, Any], field: str, where: str) -> str:
+    """The non-blank string in a field, unchanged; ValueError names the place and the field."""
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The command line: align, refine, evaluate, compare, replay, log, demo, doctor, inspect."""
+"""The command line: align, dpo, refine, evaluate, compare, replay, log, demo, doctor, inspect."""
 
 from __future__ import annotations
 

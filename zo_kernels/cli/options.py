@@ -11,12 +11,11 @@ from typing import Any
 from zo_kernels.pipeline.settings import fits
 
 
-def add_model(command: argparse.ArgumentParser) -> None:
-    """Options that name a model, its data and where it runs."""
+def add_model(command: argparse.ArgumentParser, data: str = "") -> None:
+    """Options that name a model, its data and where it runs; ``data`` says what is not built in."""
     command.add_argument("--model", type=Path, required=True, help="Hugging Face directory")
-    command.add_argument(
-        "--data", type=Path, help="JSON lines: prompt, completion, kind (default: built in)"
-    )
+    builtin = "JSON lines: prompt, completion, kind (default: built in)"
+    command.add_argument("--data", type=Path, required=bool(data), help=data or builtin)
     command.add_argument(
         "--dtype", default="auto", help="auto (fast on the device), float32, bfloat16, float16"
     )

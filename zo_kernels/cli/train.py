@@ -1,8 +1,9 @@
-"""The commands that train a model: align and refine."""
+"""The commands that train a model: align, dpo and refine."""
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,20 @@ def add_commands(commands: Any, make: Any) -> None:
     """
     command = make(commands, "align", _align, "first-order SFT on the completion tokens")
     _add_training(command)
-    command.add_argument(
-        "--save-every", type=int, default=50, metavar="STEPS",
-        help="keep what --resume needs, beside --out, after so many steps; 0 for never",
-    )  # fmt: skip
-    command.add_argument(
-        "--resume", action="store_true", help="go on with the unfinished run of the same --out"
-    )
+    _add_saving(command)
     add_options(command, "zo_kernels.refine.align", "AlignConfig", skip=("first_batch",))
+
+    command = make(commands, "dpo", _dpo, "first-order alignment on preference pairs, by TRL")
+    _add_training(command, "JSON lines: prompt, chosen, rejected, or PKU-SafeRLHF's columns")
+    command.add_argument(
+        "--preferred", default="safer", help="which judgement of PKU-SafeRLHF: safer or better"
+    )
+    _add_saving(command)
+    add_options(command, "zo_kernels.refine.dpo", "DPOConfig", skip=("max_length",))
 
     command = make(commands, "refine", _refine, "zeroth-order refinement")
     _add_training(command)
-    command.add_argument(
-        "--resume", action="store_true", help="go on with the unfinished run of the same --out"
-    )
+    _add_resume(command)
     command.add_argument(
         "--scores", type=Path, metavar="FILE",
         help="scores.json of zo-kernels score: move the blocks that it chose, unless --layers says "
@@ -47,15 +48,38 @@ def add_commands(commands: Any, make: Any) -> None:
     )
 
 
-def _add_training(command: argparse.ArgumentParser) -> None:
-    add_model(command)
+def _add_training(command: argparse.ArgumentParser, data: str = "") -> None:
+    add_model(command, data)
     command.add_argument("--out", type=Path, required=True, help="folder for the new model")
 
 
-def _train(options: argparse.Namespace, run: Any, earlier: Sequence[dict[str, Any]] = ()) -> None:
-    """What align and refine share: check, load, run with a log and a bar, save, say.
+def _add_resume(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--resume", action="store_true", help="go on with the unfinished run of the same --out"
+    )
 
-    ``earlier`` are the records of the steps that a resumed run took before.
+
+def _add_saving(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--save-every",
+        type=int,
+        default=50,
+        metavar="STEPS",
+        help="keep what --resume needs, beside --out, after so many steps; 0 for never",
+    )
+    _add_resume(command)
+
+
+def _train(
+    options: argparse.Namespace,
+    run: Any,
+    earlier: Sequence[dict[str, Any]] = (),
+    pairs: Sequence[Any] = (),
+) -> None:
+    """What these commands share: check, load, run with a log and a bar, save, say.
+
+    ``earlier`` are the records of the steps that a resumed run took before; ``pairs`` are what
+    ``run`` gets instead of encoded examples.
     """
     from zo_kernels import chat
     from zo_kernels.files import check_replaceable
@@ -64,9 +88,9 @@ def _train(options: argparse.Namespace, run: Any, earlier: Sequence[dict[str, An
     from zo_kernels.refine.records import MetricsLog, write_records
 
     check_replaceable(options.out)
-    examples = examples_of(options, "train")
+    examples = [] if pairs else examples_of(options, "train")
     model, tokenizer = checkpoint.load(options.model, dtype=options.dtype, device=options.device)
-    encoded = chat.encode(tokenizer, examples, max_length=options.max_length)
+    encoded = pairs or chat.encode(tokenizer, examples, max_length=options.max_length)
     log_path = options.out.parent / f"{options.out.name}.jsonl"
     partial = log_path.with_suffix(".partial.jsonl")  # an earlier run's log stays until the end
     write_records(partial, earlier)
@@ -93,7 +117,7 @@ def _align(options: argparse.Namespace) -> None:
     if options.dtype == "auto":
         options.dtype = "float32"  # no masters beside the weights, and products in bfloat16
     state = options.out.parent / f"{options.out.name}.partial.state"
-    _check_unfinished(state, options.resume)
+    _check_unfinished(state, state.exists(), options.resume)
     _train(
         options,
         lambda model, tokenizer, encoded, on_step, progress: align(
@@ -106,11 +130,44 @@ def _align(options: argparse.Namespace) -> None:
     state.unlink(missing_ok=True)
 
 
-def _check_unfinished(path: Path, resume: bool) -> None:
+def _dpo(options: argparse.Namespace) -> None:
+    from zo_kernels.refine import dpo
+    from zo_kernels.refine.preferences import read_pairs
+    from zo_kernels.refine.records import read_records
+
+    config = read(options, "zo_kernels.refine.dpo", "DPOConfig")
+    config.check()
+    pairs = read_pairs(options.data, preferred=options.preferred)
+    if options.dtype == "auto":
+        options.dtype = "float32"  # the only one in which TRL's steps arrive
+    state = options.out.parent / f"{options.out.name}.partial.trl"
+    _check_unfinished(state, bool(dpo.whole_checkpoints(state)), options.resume)
+    earlier: list[dict[str, Any]] = []
+    if options.resume:
+        done = dpo.checkpoint_steps(dpo.last_checkpoint(state))
+        records = read_records(options.out.parent / f"{options.out.name}.partial.jsonl")
+        earlier = [record for record in records if record["step"] < done]
+    elif state.exists():
+        shutil.rmtree(state)  # of a run that was stopped before it had a whole checkpoint
+    _train(
+        options,
+        lambda model, tokenizer, pairs, on_step, progress: dpo.dpo(
+            model, tokenizer, pairs, config,
+            state=state if options.save_every or options.resume else None,
+            save_every=options.save_every, resume=options.resume,
+            on_step=on_step, progress=progress,
+        ),
+        earlier,
+        pairs,
+    )  # fmt: skip
+    shutil.rmtree(state, ignore_errors=True)
+
+
+def _check_unfinished(path: Path, unfinished: bool, resume: bool) -> None:
     """What an unfinished run left must be there to resume it, and must not be overwritten."""
-    if resume and not path.exists():
+    if resume and not unfinished:
         raise ValueError(f"resume: expected what an unfinished run leaves, {path}, found none")
-    if path.exists() and not resume:
+    if unfinished and not resume:
         raise FileExistsError(
             f"out: {path} is of an unfinished run; go on with it by --resume, or delete it"
         )

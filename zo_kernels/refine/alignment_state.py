@@ -24,11 +24,15 @@ from zo_kernels.refine.checkpoint import fingerprint
 
 if TYPE_CHECKING:
     from zo_kernels.refine.align import AlignConfig
+    from zo_kernels.refine.dpo import DPOConfig
+    from zo_kernels.refine.preferences import Pair
 
 _KIND = "zo_kernels alignment 1"
 
 
-def run_identity(model: Any, encoded: Sequence[Encoded], config: AlignConfig) -> dict[str, Any]:
+def run_identity(
+    model: Any, data: Sequence[Encoded | Pair], config: AlignConfig | DPOConfig
+) -> dict[str, Any]:
     """What a resumed run must share with its beginning: model, data, options.
 
     ``seconds`` is free, and so is ``steps`` where no learning rate hangs on it.
@@ -37,7 +41,7 @@ def run_identity(model: Any, encoded: Sequence[Encoded], config: AlignConfig) ->
     free = ("steps", "seconds") if constant else ("seconds",)
     return {
         "model": fingerprint(model),
-        "data": hashlib.sha256(repr([asdict(item) for item in encoded]).encode()).hexdigest(),
+        "data": hashlib.sha256(repr([asdict(item) for item in data]).encode()).hexdigest(),
         "options": {name: v for name, v in asdict(config).items() if name not in free},
     }
 
@@ -91,11 +95,12 @@ def read_state(
     if not isinstance(content, dict) or content.get("kind") != _KIND:
         raise ValueError(f"{path}: expected the state of an alignment ({_KIND!r}), got another")
     if identity is not None:
-        _expect_same(path, content["identity"], identity)
+        expect_same(path, content["identity"], identity)
     return content["records"], content["first_order"]
 
 
-def _expect_same(path: Any, saved: dict[str, Any], own: dict[str, Any]) -> None:
+def expect_same(path: Any, saved: dict[str, Any], own: dict[str, Any]) -> None:
+    """Raise ValueError naming the first difference of two ``run_identity``s, one from a file."""
     for name in {**saved["options"], **own["options"]}:
         was, now = saved["options"].get(name), own["options"].get(name)
         if was != now:
