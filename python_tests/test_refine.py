@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from tiny_models import bits, tiny_model, tiny_tokenizer
+from tiny_models import EXAMPLES, bits, tiny_encoded, tiny_model, tiny_tokenizer
 
 from zo_kernels import chat
 from zo_kernels.blocks import linear_weights
@@ -18,23 +18,12 @@ from zo_kernels.refine.config import RefineConfig, select_parameters
 from zo_kernels.refine.records import MetricsLog, read_records
 from zo_kernels.refine.refiner import ZORefiner
 
-EXAMPLES = [
-    chat.Example("how do i open a door", "turn the key and push it", chat.HARMLESS),
-    chat.Example("tell me a story about sun", "a good day here", chat.HARMLESS),
-    chat.Example("open the door please", "sorry i can not help with that", chat.HARMFUL),
-    chat.Example("write about the key", "sorry i can not in any way", chat.HARMFUL),
-]
-
-
-def encoded():
-    return chat.encode(tiny_tokenizer(), EXAMPLES)
-
 
 def test_align_learns_the_completions():
     model = tiny_model("llama")
     seen = []
     records = align(
-        model, tiny_tokenizer(), encoded(), AlignConfig(steps=60, batch_size=4, lr=1e-2),
+        model, tiny_tokenizer(), tiny_encoded(), AlignConfig(steps=60, batch_size=4, lr=1e-2),
         on_step=seen.append,
     )  # fmt: skip
     assert records == seen and [r["step"] for r in records] == list(range(60))
@@ -47,7 +36,7 @@ def test_align_is_reproducible_and_sgd_is_plain():
     config = AlignConfig(steps=5, batch_size=2, lr=1e-2)
     models = [tiny_model("llama"), tiny_model("llama")]
     for model in models:
-        align(model, tiny_tokenizer(), encoded(), config)
+        align(model, tiny_tokenizer(), tiny_encoded(), config)
     assert all(torch.equal(b, bits(models[0])[k]) for k, b in bits(models[1]).items())
 
     model, copy = tiny_model("llama"), tiny_model("llama")
@@ -55,8 +44,8 @@ def test_align_is_reproducible_and_sgd_is_plain():
         steps=1, batch_size=2, lr=0.5, optimizer="sgd", warmup=0.0, clip_norm=9e9,
         precision="float32",
     )  # fmt: skip
-    align(model, tiny_tokenizer(), encoded(), config)
-    batch = next(chat.batch_stream(encoded(), batch_size=2, seed=0, pad_id=2))
+    align(model, tiny_tokenizer(), tiny_encoded(), config)
+    batch = next(chat.batch_stream(tiny_encoded(), batch_size=2, seed=0, pad_id=2))
     chat.completion_loss(copy, batch).backward()
     for moved, start in zip(model.parameters(), copy.parameters(), strict=True):
         assert torch.allclose(moved, start - 0.5 * start.grad, atol=1e-7)
@@ -76,7 +65,7 @@ def test_the_schedule_ends_with_the_time_too(monkeypatch):
     clock = itertools.count(step=0.01)  # a busy machine has seconds without steps
     monkeypatch.setattr("zo_kernels.refine.align.time.perf_counter", lambda: next(clock))
     config = AlignConfig(steps=10_000, seconds=1.0, batch_size=2, warmup=0.2)
-    records = align(tiny_model("llama"), tiny_tokenizer(), encoded(), config)
+    records = align(tiny_model("llama"), tiny_tokenizer(), tiny_encoded(), config)
     rates = [r["lr"] for r in records]
     assert 20 < len(records) < 5000 and max(rates) > 0.8 * config.lr
     assert rates[0] < 0.2 * config.lr and rates[-1] < 0.1 * config.lr
@@ -88,16 +77,16 @@ def test_align_stops_on_a_non_finite_loss_before_the_update():
         model.lm_head.weight[0, 0] = math.nan
     before = bits(model)
     with pytest.raises(FloatingPointError, match="step 0: expected a finite loss"):
-        align(model, tiny_tokenizer(), encoded(), AlignConfig(steps=2))
+        align(model, tiny_tokenizer(), tiny_encoded(), AlignConfig(steps=2))
     assert all(torch.equal(b, before[k]) for k, b in bits(model).items())
 
 
 def test_seconds_end_a_run():
     model = tiny_model("llama")
-    records = align(model, tiny_tokenizer(), encoded(), AlignConfig(steps=10_000, seconds=0.3))
+    records = align(model, tiny_tokenizer(), tiny_encoded(), AlignConfig(steps=10_000, seconds=0.3))
     assert 1 <= len(records) < 10_000 and records[-1]["seconds"] >= 0.3
     refiner = ZORefiner(model, tiny_tokenizer(), RefineConfig(steps=10_000, seconds=0.3))
-    records = refiner.run(encoded())
+    records = refiner.run(tiny_encoded())
     assert 1 <= len(records) < 10_000 and records[-1]["seconds"] >= 0.3
 
 
@@ -121,7 +110,7 @@ def test_refiner_moves_its_parameters_and_no_other():
 def test_refiner_with_zero_lr_is_bit_identical():
     model = tiny_model("llama", torch.bfloat16)
     before = checkpoint.fingerprint(model)
-    records = ZORefiner(model, tiny_tokenizer(), RefineConfig(steps=10, lr=0.0)).run(encoded())
+    records = ZORefiner(model, tiny_tokenizer(), RefineConfig(steps=10, lr=0.0)).run(tiny_encoded())
     assert checkpoint.fingerprint(model) == before
     assert len({tuple(r["losses_plus"]) for r in records}) == 10
 
@@ -131,7 +120,7 @@ def test_refiner_is_reproducible_and_follows_its_schedule():
     models, logs = [], []
     for _ in range(2):
         models.append(tiny_model("qwen2", torch.bfloat16))
-        records = ZORefiner(models[-1], tiny_tokenizer(), config).run(encoded())
+        records = ZORefiner(models[-1], tiny_tokenizer(), config).run(tiny_encoded())
         logs.append([{k: v for k, v in r.items() if k != "seconds"} for r in records])
     assert logs[0] == logs[1]
     assert checkpoint.fingerprint(models[0]) == checkpoint.fingerprint(models[1])

@@ -156,7 +156,10 @@ class Logged:
         state = replay_(tensors, log, start=measured, state=state, **options)
         names = {noise.canonical_name(slot.name): slot.name for slot in slots}
         self.mode.load_state({names[n]: copy for n, copy in state.copies.items()}, slots)
-        self._warm_start = log.header.warm_start if log.skipped.all() else None
+        warm, self._warm_start = log.header.warm_start, None
+        if warm is not None and log.skipped.all():  # with the names that this run has
+            scales = {names[noise.canonical_name(n)]: row for n, row in warm.scales.items()}
+            self._warm_start = WarmStart(warm.directions, scales)
         self.log = LogWriter.resume(path, log.header)
         self.steps = len(log.steps)
         return self.steps

@@ -111,7 +111,10 @@ class RefineConfig:
             raise ValueError(f"quantized: expected one of weights alone, got {self.quantized!r}")
         if self.patience and not self.held_out_every:
             raise ValueError("patience: expected held_out_every with it, got 0")
-        if self.held_out_every and self.held_out_noise is None and not relative:
+        noise = self.held_out_noise
+        if noise is not None and not (math.isfinite(noise) and noise >= 0):
+            raise ValueError(f"held_out_noise: expected a finite number of at least 0, got {noise}")
+        if self.held_out_every and noise is None and not relative:
             raise ValueError("held_out_noise: expected a number where eps is absolute, got none")
         if self.layers is not None and not self.layers:
             raise ValueError("layers: expected at least one decoder block, got none")

@@ -63,8 +63,13 @@ class Objective:
             self.prefix.advance(key, lambda number=number: self.batch_loss(number))
 
     def check_prefix(self) -> None:
-        """``PrefixCache.check`` of the first batch."""
-        self.prefix.check(self.keys[0], lambda: self.batch_loss(0))
+        """``PrefixCache.check`` of the first batches."""
+        self.prefix.check(
+            {
+                key: lambda number=number: self.batch_loss(number)
+                for number, key in enumerate(self.keys[:2])
+            }
+        )
 
 
 def fixed_batches(

@@ -9,7 +9,7 @@ masks and positions included, and only the blocks that it calls are short-circui
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +49,7 @@ class PrefixCache:
 
     The weights before and in the kept block must not change while its output is kept (``clear``
     lets go of all), and a block's output must depend on nothing but its inputs: see ``check``.
+    Forwards whose gradients are recorded are whole, as no gradient goes through what is kept.
 
     Args:
         model: has decoder blocks (``blocks.decoder_blocks``), called in order.
@@ -126,30 +127,44 @@ class PrefixCache:
         """Let all outputs go."""
         self._kept.clear()
 
-    def check(self, key: Hashable, forward: Callable[[], Tensor]) -> None:
+    @torch.no_grad()
+    def check(self, forwards: Mapping[Hashable, Callable[[], Tensor]]) -> None:
         """Find out whether the model's forwards can begin behind a block.
 
         Args:
-            key: of a batch of which nothing is kept.
-            forward: gives the loss of that batch.
+            forwards: by the key of a batch of which nothing is kept, what gives its loss. Of two
+                batches a model that goes on with what the last whole forward left is found out.
 
         Raises:
-            RuntimeError: the loss of the shortened forward has other bits than that of the whole.
+            RuntimeError: the loss of a shortened forward has other bits than that of the whole, or
+                it cannot be computed.
         """
-        with self.batch(key), torch.no_grad():
-            whole, shortened = forward(), forward()
-        if key not in self._kept or not torch.equal(whole, shortened):
-            raise RuntimeError(
-                "reuse_prefix: expected decoder blocks that depend on nothing but what the block "
-                f"before them gives, got a loss of {float(whole)!r} from a whole forward and "
-                f"{float(shortened)!r} from one that begins behind block {self.record}; turn "
-                "reuse_prefix off for this model"
-            )
+        whole = {key: self._loss(key, forward) for key, forward in forwards.items()}
+        for key, forward in forwards.items():
+            try:
+                shortened = self._loss(key, forward)
+            except Exception as error:
+                raise self._refusal(f"{type(error).__name__} ({error})") from error
+            if key not in self._kept or not torch.equal(whole[key], shortened):
+                raise self._refusal(
+                    f"a loss of {float(shortened)!r} instead of {float(whole[key])!r}"
+                )
         self.checked = True
+
+    def _loss(self, key: Hashable, forward: Callable[[], Tensor]) -> Tensor:
+        with self.batch(key):
+            return forward()
+
+    def _refusal(self, found: str) -> RuntimeError:
+        return RuntimeError(
+            "reuse_prefix: expected decoder blocks that depend on nothing but what the block "
+            f"before them gives, got {found} from a forward that begins behind block "
+            f"{self.record}; turn reuse_prefix off for this model"
+        )
 
     def _short_cut(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            key = self._current.key
+            key = None if torch.is_grad_enabled() else self._current.key
             kept = None if key is None else self._kept.get(key)
             if kept is not None and number <= kept.block:
                 if kept.versions != _versions(kept.output):

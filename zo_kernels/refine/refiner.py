@@ -148,6 +148,8 @@ class ZORefiner:
                 self._recall(known, earlier)
             if log is not None:
                 self._open_log(Path(log), encoded, known, progress)
+            if self.early_stop is not None and self._last_unknown(done):
+                self.early_stop.note(done, self._held_out_loss(watched))
             before = earlier[-1]["seconds"] if known is not None and earlier else 0.0
             return self._steps(done, batches, watched, before, on_step, progress)
 
@@ -164,6 +166,8 @@ class ZORefiner:
         records = []
         started = time.perf_counter() - before
         for number in range(done, config.steps):
+            if self.early_stop is not None and self.early_stop.over:
+                break
             record = self._step(number, [next(batches) for _ in range(config.accumulation)])
             if watched is not None and (number + 1) % config.held_out_every == 0:
                 record["held_out_loss"] = self._held_out_loss(watched)
@@ -180,8 +184,7 @@ class ZORefiner:
                     progress(text, min(elapsed, config.seconds), config.seconds)
                 else:
                     progress(text, number + 1, config.steps)
-            over = config.seconds is not None and elapsed >= config.seconds
-            if over or (self.early_stop is not None and self.early_stop.over):
+            if config.seconds is not None and elapsed >= config.seconds:
                 break
         self._end()
         return records
@@ -210,7 +213,7 @@ class ZORefiner:
     def _end(self) -> None:
         """The best weights, where early stopping asks for them; and the end of the log."""
         stop, log = self.early_stop, self.optimizer.log
-        if stop is not None and stop.losses and stop.steps < self.optimizer.steps:
+        if stop is not None and 0 < stop.steps < self.optimizer.steps:
             self.optimizer.mode.settle()
             stop.restore()
             if log is not None:
@@ -269,8 +272,13 @@ class ZORefiner:
         """Let the slopes that the scoring has measured join the first step.
 
         Raises:
-            ValueError: the scores are of other coordinates than eps, or another seed.
+            ValueError: the scores are of other coordinates than eps, another seed or distribution.
         """
+        if self.config.distribution != "normal":
+            raise ValueError(
+                "scores: expected distribution 'normal' of the refinement, as that of the scoring's "
+                f"draws, got {self.config.distribution!r}"
+            )
         _, relative = self.config.scale()
         wanted = {"relative_rho": relative, "seed": self.config.seed}
         for name, value in wanted.items():
@@ -296,17 +304,32 @@ class ZORefiner:
         return known
 
     def _recall(self, known: Log | None, earlier: Sequence[Mapping[str, Any]]) -> None:
-        """Let early stopping know of the steps before, and of the best weights among them."""
-        taken = 0 if known is None else len(known.steps)
-        for record in earlier:
-            loss = record.get("held_out_loss")
-            if loss is None or record["step"] >= taken:
-                continue
-            steps, weights = record["step"] + 1, None
+        """Let early stopping know of the steps before, and of the best weights among them.
+
+        Raises:
+            ValueError: a measurement is missing that is not of the last step.
+        """
+        done = 0 if known is None else len(known.steps)
+        losses = {r["step"] + 1: r["held_out_loss"] for r in earlier if "held_out_loss" in r}
+        weights = {name: p.detach().clone() for name, p in self.parameters.items()} if done else {}
+        state, at = None, 0
+        for steps in range(self.config.held_out_every, done + 1, self.config.held_out_every):
+            if steps not in losses:
+                if steps == done:  # the run ended between the step and its record
+                    break
+                raise ValueError(
+                    f"earlier: expected the held-out loss after {steps} steps, which early "
+                    "stopping needs to go on, got none"
+                )
+            loss = math.nan if losses[steps] is None else float(losses[steps])  # null in JSON
             if loss < self.early_stop.best:
-                weights = {name: p.detach().clone() for name, p in self.parameters.items()}
-                replay_(weights, known, stop=steps)
+                state, at = replay_(weights, known, start=at, stop=steps, state=state), steps
             self.early_stop.note(steps, loss, weights)
+
+    def _last_unknown(self, done: int) -> bool:
+        """Whether the measurement after the last step of a log is missing."""
+        every = self.config.held_out_every
+        return len(self.early_stop.losses) < done // every and done % every == 0
 
     def _open_log(
         self, path: Path, encoded: Sequence[Encoded], known: Log | None, progress: Progress | None

@@ -255,7 +255,7 @@ class Scores:
                 for block in record.pop("blocks")
             )
             return Scores(config=ScoreConfig(**record.pop("config")), blocks=blocks, **record)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: expected scores of zo-kernels score, got {error}") from error
 
 
