@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zo_kernels.cli import compare, evaluate, replay, score, train
+from zo_kernels.cli import compare, evaluate, replay, score, study, train
 from zo_kernels.cli.options import examples_of
 from zo_kernels.cli.show import print_report
 
@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_commands(commands, _command)
     compare.add_commands(commands, _command)
     replay.add_commands(commands, _command)
+    study.add_commands(commands, _command)
 
     command = _command(commands, "demo", _demo, "base -> aligned -> refined, with its controls")
     command.add_argument("--model", type=Path, help="Hugging Face directory (default: SmolLM2)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,6 +103,13 @@ def save(model: Any, tokenizer: Any, directory: str | os.PathLike[str]) -> Path:
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
     return Path(directory)
+
+
+def remove(directory: str | os.PathLike[str]) -> None:
+    """Delete a checkpoint that ``save`` wrote; it is gone at once or whole."""
+    gone = Path(directory).with_name(f".gone-{Path(directory).name}")
+    os.replace(directory, gone)
+    shutil.rmtree(gone)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -113,9 +113,9 @@ class ZORefiner:
         Returns:
             One record per step taken: the fields of ``StepRecord``, loss (mean of the losses
             evaluated), where measured clean_loss, curvature, trace (of H over what is moved, in
-            eps's coordinates) and held_out_loss (after the step), and seconds since the start, without interruptions. With
-            early stopping, the weights are those of the best held-out loss at the end, and the log
-            ends there.
+            eps's coordinates) and held_out_loss (after the step), and seconds since the start,
+            without interruptions. With early stopping, the weights are those of the best held-out
+            loss at the end, and the log ends there.
 
         Raises:
             ValueError: the log is of another run: other weights, options or data; names what. Or
@@ -276,8 +276,8 @@ class ZORefiner:
         """
         if self.config.distribution != "normal":
             raise ValueError(
-                "scores: expected distribution 'normal' of the refinement, as that of the scoring's "
-                f"draws, got {self.config.distribution!r}"
+                "scores: expected distribution 'normal' of the refinement, as the scoring's draws "
+                f"have, got {self.config.distribution!r}"
             )
         _, relative = self.config.scale()
         wanted = {"relative_rho": relative, "seed": self.config.seed}
