@@ -19,6 +19,8 @@ def add_commands(commands: Any, make: Any) -> None:
     command = make(commands, "run", _run, "a study: align, score, refine, and every control")
     command.add_argument("--config", type=Path, required=True, help="YAML file; see configs/")
     command.add_argument("--out", type=Path, help="folder of the study (default: runs/<config>)")
+    for name in ("model", "data", "text"):
+        command.add_argument(f"--{name}", type=Path, help=f"instead of the file's {name}")
     command.add_argument("--threads", type=int, help="torch's threads, instead of the file's")
     command.add_argument(
         "--seeds", type=int, nargs="+", help="training seeds, instead of the file's"
@@ -35,10 +37,13 @@ def _run(options: argparse.Namespace) -> None:
     from zo_kernels.refine.records import read_records
 
     config = read_study(options.config)
+    given = {name: getattr(options, name) for name in ("model", "data", "text")}
+    changes = {name: str(path) for name, path in given.items() if path is not None}
     if options.threads is not None:
-        config = replace(config, threads=options.threads)
+        changes["threads"] = options.threads
     if options.seeds is not None:
-        config = replace(config, seeds=tuple(options.seeds))
+        changes["seeds"] = tuple(options.seeds)
+    config = replace(config, **changes)
     out = options.out or Path("runs") / options.config.stem
     console = Console(stderr=True, highlight=False)
     files = Study(config, out, console.print).run()

@@ -187,7 +187,7 @@ def _refine(options: argparse.Namespace) -> None:
     config.check()
     final = options.out.parent / f"{options.out.name}.zolog"
     unfinished = final.with_suffix(".partial.zolog")
-    _check_unfinished(unfinished, options.resume)
+    _check_unfinished(unfinished, unfinished.exists(), options.resume)
     unfinished.parent.mkdir(parents=True, exist_ok=True)
     partial = options.out.parent / f"{options.out.name}.partial.jsonl"
     log = unfinished if config.mode != "mezo" else None  # whose drift no log can hold
