@@ -7,6 +7,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -186,13 +187,13 @@ std::shared_ptr<zo::Store> swap(
   return kept;
 }
 
-// No dst: finds the ends of the groups, into lows and highs if there are any. Returns those of all.
-std::pair<float, float> fake_quant(const std::string& isa, uint64_t dst, uint64_t src,
-                                   uint64_t groups, uint64_t group, int dtype, int format,
-                                   float top, int mantissa, int min_exponent, bool power_of_two,
-                                   uint64_t scales, uint64_t lows, uint64_t highs, int threads) {
-  check_dtype(dtype);
-  if (format < 0 || format >= zo::FORMATS) throw std::invalid_argument("unknown format code");
+// What a format is: top value, stored mantissa bits, exponent of the least normal value, and whether
+// scales are powers of two.
+using Format = std::tuple<int, float, int, int, bool>;
+
+// No dst: finds the ends of the groups, into lows and highs if there are any.
+zo::QuantJob quant_job(uint64_t dst, uint64_t src, uint64_t groups, uint64_t group,
+                       const Format& format, uint64_t scales, uint64_t lows, uint64_t highs) {
   if (group == 0 || (lows == 0) != (highs == 0) || (dst != 0 && lows != 0))
     throw std::invalid_argument("fake_quant: neither values nor ends");
   zo::QuantJob job;
@@ -200,16 +201,52 @@ std::pair<float, float> fake_quant(const std::string& isa, uint64_t dst, uint64_
   job.dst = reinterpret_cast<void*>(dst);
   job.groups = groups;
   job.group = group;
-  job.top = top;
-  job.mantissa = mantissa;
-  job.min_exponent = min_exponent;
-  job.power_of_two = power_of_two;
+  std::tie(std::ignore, job.top, job.mantissa, job.min_exponent, job.power_of_two) = format;
   job.scales = reinterpret_cast<const float*>(scales);
   job.lows = reinterpret_cast<float*>(lows);
   job.highs = reinterpret_cast<float*>(highs);
-  const zo::QuantKernel kernel = zo::kernels_named(isa).fake_quant[dtype].of[format];
+  return job;
+}
+
+zo::QuantKernel quant_kernel(const std::string& isa, int dtype, const Format& format) {
+  check_dtype(dtype);
+  const int code = std::get<0>(format);
+  if (code < 0 || code >= zo::FORMATS) throw std::invalid_argument("unknown format code");
+  return zo::kernels_named(isa).fake_quant[dtype].of[code];
+}
+
+// Returns the ends of all groups.
+std::pair<float, float> fake_quant(const std::string& isa, uint64_t dst, uint64_t src,
+                                   uint64_t groups, uint64_t group, int dtype, const Format& format,
+                                   uint64_t scales, uint64_t lows, uint64_t highs, int threads) {
+  const zo::QuantJob job = quant_job(dst, src, groups, group, format, scales, lows, highs);
+  const zo::QuantKernel kernel = quant_kernel(isa, dtype, format);
   const py::gil_scoped_release release;
   const zo::Extremes ends = zo::run_fake_quant(kernel, job, zo::itemsize(dtype), threads);
+  return {ends.low, ends.high};
+}
+
+// dst = src + scale * z, quantised, or with lows and highs the ends of its groups beside it; returns
+// those of all.
+std::pair<float, float> perturb_quant(const std::string& isa, uint64_t dst, uint64_t src,
+                                      uint64_t groups, uint64_t group, uint64_t offset,
+                                      uint32_t stream, uint32_t direction, double scale,
+                                      uint64_t seed, int dtype, int distribution,
+                                      const Format& format, uint64_t lows, uint64_t highs,
+                                      int threads) {
+  const zo::QuantJob quant =
+      quant_job(lows ? 0 : dst, dst, groups, group, format, 0, lows, highs);
+  const zo::QuantKernel kernel = quant_kernel(isa, dtype, format);
+  Job job = job_of(dst, groups * group, offset, seed, stream);
+  const float factor = as_floats({scale})[0];
+  job.src = reinterpret_cast<const void*>(src);
+  job.direction = &direction;
+  job.scale = &factor;
+  const int itemsize = zo::itemsize(dtype);
+  const Task task{distribution_of(isa, distribution).combine[dtype].at[dtype][0], job, itemsize,
+                  itemsize};
+  const py::gil_scoped_release release;
+  const zo::Extremes ends = zo::run_perturb_quant(task, kernel, quant, threads);
   return {ends.low, ends.high};
 }
 
@@ -253,9 +290,13 @@ PYBIND11_MODULE(_C, m) {
         py::arg("scale"), py::arg("keep"), py::arg("src_scale"), py::arg("seed"), py::arg("dtype"),
         py::arg("stochastic"), py::arg("distribution"), py::arg("changes"), py::arg("threads"));
   m.def("fake_quant", &fake_quant, py::arg("isa"), py::arg("dst"), py::arg("src"),
-        py::arg("groups"), py::arg("group"), py::arg("dtype"), py::arg("format"), py::arg("top"),
-        py::arg("mantissa"), py::arg("min_exponent"), py::arg("power_of_two"), py::arg("scales"),
+        py::arg("groups"), py::arg("group"), py::arg("dtype"), py::arg("format"), py::arg("scales"),
         py::arg("lows"), py::arg("highs"), py::arg("threads"));
+  m.def("perturb_quant", &perturb_quant, py::arg("isa"), py::arg("dst"), py::arg("src"),
+        py::arg("groups"), py::arg("group"), py::arg("offset"), py::arg("stream"),
+        py::arg("direction"), py::arg("scale"), py::arg("seed"), py::arg("dtype"),
+        py::arg("distribution"), py::arg("format"), py::arg("lows"), py::arg("highs"),
+        py::arg("threads"));
   const auto def_emitter = [&m](const char* name, auto kernel_of) {
     m.def(
         name,

@@ -11,26 +11,40 @@ namespace zo {
 namespace {
 
 constexpr int STATISTICS = 3;  // of Job::changes
+// Elements that are perturbed and then quantised while the first- or second-level cache has them:
+// a multiple of what a pass over Rademacher signs draws at once.
+constexpr uint64_t BLOCK = 4096;
+
+// The task on elements at .. end - 1 of the full parameter, or fewer: up to a multiple of PIECE.
+Task piece_of(const Task& task, uint64_t at, uint64_t end) {
+  Task piece = task;
+  const std::ptrdiff_t done = static_cast<std::ptrdiff_t>(at - task.job.begin);
+  piece.job.begin = at;
+  piece.job.end = std::min((at / PIECE + 1) * PIECE, end);
+  if (task.job.src)
+    piece.job.src = static_cast<const char*>(task.job.src) + done * task.src_itemsize;
+  piece.job.dst = static_cast<char*>(task.job.dst) + done * task.dst_itemsize;
+  if (task.job.other)
+    piece.job.other = static_cast<char*>(task.job.other) + done * task.other_itemsize;
+  return piece;
+}
 
 std::vector<Task> cut(const std::vector<Task>& tasks) {
   std::vector<Task> pieces;
-  for (const Task& task : tasks) {
-    uint64_t at = task.job.begin;
-    while (at < task.job.end) {
-      Task piece = task;
-      const uint64_t cut = (at / PIECE + 1) * PIECE;
-      const std::ptrdiff_t done = static_cast<std::ptrdiff_t>(at - task.job.begin);
-      piece.job.begin = at;
-      piece.job.end = at = std::min(cut, task.job.end);
-      if (task.job.src)
-        piece.job.src = static_cast<const char*>(task.job.src) + done * task.src_itemsize;
-      piece.job.dst = static_cast<char*>(task.job.dst) + done * task.dst_itemsize;
-      if (task.job.other)
-        piece.job.other = static_cast<char*>(task.job.other) + done * task.other_itemsize;
-      pieces.push_back(piece);
-    }
-  }
+  for (const Task& task : tasks)
+    for (uint64_t at = task.job.begin; at < task.job.end; at = pieces.back().job.end)
+      pieces.push_back(piece_of(task, at, task.job.end));
   return pieces;
+}
+
+// The task on `count` elements from its own number `first` on, here and now.
+void run_range(const Task& task, uint64_t first, uint64_t count) {
+  const uint64_t end = task.job.begin + first + count;
+  for (uint64_t at = task.job.begin + first; at < end;) {
+    const Task piece = piece_of(task, at, end);
+    piece.kernel(piece.job);
+    at = piece.job.end;
+  }
 }
 
 template <class Work>
@@ -93,6 +107,15 @@ QuantJob groups_of(const QuantJob& whole, uint64_t first, uint64_t count, int it
   return part;
 }
 
+// The groups in parts of up to `elements`, or of one group.
+std::vector<QuantJob> parts_of(const QuantJob& whole, uint64_t elements, int itemsize) {
+  const uint64_t count = std::max<uint64_t>(elements / whole.group, 1);
+  std::vector<QuantJob> parts;
+  for (uint64_t first = 0; first < whole.groups; first += count)
+    parts.push_back(groups_of(whole, first, std::min(count, whole.groups - first), itemsize));
+  return parts;
+}
+
 Extremes run_parts(QuantKernel kernel, const std::vector<QuantJob>& parts, int threads) {
   std::vector<Extremes> found(parts.size());
   for_each(parts.size(), threads, [&](size_t i) { found[i] = kernel(parts[i]); });
@@ -101,8 +124,11 @@ Extremes run_parts(QuantKernel kernel, const std::vector<QuantJob>& parts, int t
   return all;
 }
 
-// Groups longer than a piece: the ends of all pieces first, then their elements.
-Extremes run_long_groups(QuantKernel kernel, const QuantJob& whole, int itemsize, int threads) {
+// Groups longer than a piece: the ends of all pieces first, then their elements. prepare(first,
+// count) comes before the first read of elements first .. first + count - 1.
+template <class Prepare>
+Extremes run_long_groups(QuantKernel kernel, const QuantJob& whole, int itemsize, int threads,
+                         const Prepare& prepare) {
   const uint64_t pieces = (whole.group + PIECE - 1) / PIECE;
   std::vector<QuantJob> parts;
   for (uint64_t g = 0; g < whole.groups; ++g) {
@@ -117,6 +143,7 @@ Extremes run_long_groups(QuantKernel kernel, const QuantJob& whole, int itemsize
   std::vector<Extremes> found(parts.size()), ends(whole.groups);
   for_each(parts.size(), threads, [&](size_t i) {
     QuantJob part = parts[i];
+    prepare(i / pieces * whole.group + i % pieces * PIECE, part.group);
     part.dst = nullptr;
     part.lows = part.highs = nullptr;
     found[i] = kernel(part);
@@ -142,12 +169,32 @@ Extremes run_long_groups(QuantKernel kernel, const QuantJob& whole, int itemsize
 }  // namespace
 
 Extremes run_fake_quant(QuantKernel kernel, const QuantJob& whole, int itemsize, int threads) {
-  if (whole.group > PIECE) return run_long_groups(kernel, whole, itemsize, threads);
-  const uint64_t count = PIECE / whole.group;
-  std::vector<QuantJob> parts;
-  for (uint64_t first = 0; first < whole.groups; first += count)
-    parts.push_back(groups_of(whole, first, std::min(count, whole.groups - first), itemsize));
-  return run_parts(kernel, parts, threads);
+  if (whole.group > PIECE)
+    return run_long_groups(kernel, whole, itemsize, threads, [](uint64_t, uint64_t) {});
+  return run_parts(kernel, parts_of(whole, PIECE, itemsize), threads);
+}
+
+Extremes run_perturb_quant(const Task& perturb, QuantKernel kernel, const QuantJob& whole,
+                           int threads) {
+  const int itemsize = perturb.dst_itemsize;
+  if (whole.group > PIECE)
+    return run_long_groups(kernel, whole, itemsize, threads, [&](uint64_t first, uint64_t count) {
+      run_range(perturb, first, count);
+    });
+  const std::vector<QuantJob> parts = parts_of(whole, PIECE, itemsize);
+  std::vector<Extremes> found(parts.size());
+  const uint64_t step = parts.empty() ? 0 : parts[0].groups * whole.group;
+  for_each(parts.size(), threads, [&](size_t i) {
+    uint64_t first = i * step;
+    for (const QuantJob& block : parts_of(parts[i], BLOCK, itemsize)) {
+      run_range(perturb, first, block.groups * block.group);
+      found[i] = joined(found[i], kernel(block));
+      first += block.groups * block.group;
+    }
+  });
+  Extremes all;
+  for (const Extremes& part : found) all = joined(all, part);
+  return all;
 }
 
 void run(const std::vector<Task>& tasks, int threads) {

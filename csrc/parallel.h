@@ -26,4 +26,9 @@ void run_swap(const std::vector<Task>& tasks, int threads, Store* held, Store* k
 // Fake quantisation of a tensor, or with no dst the ends of its groups; returns those of all.
 Extremes run_fake_quant(QuantKernel kernel, const QuantJob& whole, int itemsize, int threads);
 
+// The same of what a task writes, its dst and whole.src being one: block by block, while a cache
+// has it, or for groups longer than a piece in two walks.
+Extremes run_perturb_quant(const Task& perturb, QuantKernel kernel, const QuantJob& whole,
+                           int threads);
+
 }  // namespace zo

@@ -16,7 +16,14 @@ from pathlib import Path
 import llir_kernels
 import torch
 
-from zo_kernels.backends.triton import holding, launch, perturb, quantize, updates
+from zo_kernels.backends.triton import (
+    holding,
+    launch,
+    perturb,
+    perturb_quantize,
+    quantize,
+    updates,
+)
 from zo_kernels.backends.triton.compile import TARGETS, Variant, compile_variant
 
 # dtypes of src and dst, steps per program and options of the variants of combine_kernel that
@@ -79,6 +86,18 @@ FAKE_QUANT = [
     "fake_quant fp32 nvfp4 g16",
     "fake_quant bf16 nf4 double g64",
 ]
+# Both fused kernels, kinds of formats, and distributions.
+PERTURB_QUANT = [
+    "perturb_quant bf16 int4 g128",
+    "perturb_quant fp32 int4 g128 rademacher",
+    "perturb_quant fp16 int4 g128 rademacher",
+    "perturb_quant fp16 int4 asymmetric g64",
+    "perturb_quant fp32 int8 row 4096",
+    "perturb_quant bf16 int8 row 11008",
+    "perturb_quant fp32 int4 asymmetric row 11008 rademacher",
+    "perturb_quant bf16 nf4 g64",
+    "perturb_quant fp16 mxfp4 g32",
+]
 
 
 def combine_variant(src: torch.dtype, dst: torch.dtype, steps: int, options: dict) -> Variant:
@@ -137,6 +156,7 @@ def main() -> None:
     sets = {
         "combine": [combine_variant(*case) for case in COMBINE] + emit_variants(),
         "fake_quant": [v for v in quantize.variants() if v.name in FAKE_QUANT],
+        "perturb_quant": [v for v in perturb_quantize.variants() if v.name in PERTURB_QUANT],
         "updates": [
             *(combine_variant(*case) for case in PAIR),
             *(advance_variant(*case) for case in ADVANCE),

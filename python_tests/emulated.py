@@ -122,7 +122,7 @@ def compiled(source: str, options: Sequence[str]) -> ctypes.CDLL:
 @functools.cache
 def kernels_of(isa: str) -> ctypes.CDLL:
     """The kernels of one instruction set, compiled against the emulation once per run."""
-    loaded = compiled("driver.cpp", [f"-DZO_ISA={isa}", *FLAGS[isa]])
+    loaded = compiled("driver.cpp", [f"-DZO_ISA={isa}", *FLAGS[isa], str(CSRC / "parallel.cpp")])
     loaded.isa_name.restype = ctypes.c_char_p
     assert loaded.isa_name().decode() == isa
     loaded.job_size.restype = ctypes.c_uint64

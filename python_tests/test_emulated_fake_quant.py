@@ -7,13 +7,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from emulated import FLAGS, QuantJob, all_patterns, kernels_of, pointer
+from emulated import FLAGS, SEED, STREAM, QuantJob, all_patterns, kernels_of, pointer
+from emulated import job_of as perturbation_of
 from helpers import DTYPES, NAMES, assert_same_bits
 from test_fake_quant import CASES, IDS, hard_weights
 
 import zo_kernels as zk
 from zo_kernels.backends import reference
-from zo_kernels.backends.native import DTYPE_CODES, FORMAT_CODES
+from zo_kernels.backends.native import DISTRIBUTION_CODES, DTYPE_CODES, FORMAT_CODES
 from zo_kernels.formats import FORMATS
 
 
@@ -117,3 +118,37 @@ def test_nf4_of_every_16_bit_pattern(kernels, dtype):
         out = torch.empty_like(weight)
         run(kernels, "nf4", 128, weight, out=out)
         assert_same_bits(out, expected, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("distribution", DISTRIBUTION_CODES)
+def test_perturbed_bits(kernels, distribution, dtype):
+    """perturb_quant's blocks: ragged and whole ones, several of them, and ends beside them."""
+    for scheme, symmetric, group, rows, begin in (
+        ("int4", True, 128, 70, 5),
+        ("int4", False, 57, 3, 0),
+        ("nf4", True, 96, 5, 2**34 - 96 * 5),
+        ("fp8_e4m3", True, 5000, 2, 4093),
+    ):
+        source = hard_weights(rows, group, dtype)
+        noisy, out, ends = torch.empty_like(source), torch.empty_like(source), torch.zeros(2)
+        zk.combine_(
+            [noisy], [source], [0.01], seed=SEED, directions=[9], streams=[STREAM],
+            offsets=[begin], distribution=distribution, backend="native",
+        )  # fmt: skip
+        options = {"symmetric": symmetric, "group_size": "row", "backend": "reference"}
+        expected = zk.fake_quant(noisy, scheme, **options)
+        noise = perturbation_of(begin, source.numel(), [9], [0.01], src=source, dst=out)
+        job = job_of(scheme, group, out, symmetric, out=out)
+        kernels.perturb_quant_job(
+            ctypes.byref(noise),
+            ctypes.byref(job),
+            DISTRIBUTION_CODES[distribution],
+            DTYPE_CODES[dtype],
+            FORMAT_CODES[FORMATS[scheme].kind, symmetric],
+            pointer(ends),
+        )
+        assert_same_bits(out, expected, scheme)
+        low, high = noisy.float().min().clamp(max=0), noisy.float().max().clamp(min=0)
+        wanted = [0.0, max(-low, high)] if symmetric else [low, high]
+        assert torch.equal(ends, torch.tensor(wanted))

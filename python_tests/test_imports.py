@@ -15,7 +15,6 @@ FLOORS = {
     "formats": 0,
     "backends": 1,
     "ops": 2,
-    "scales": 2,
     "quantize": 3,
     "modes": 3,
     "replay": 3,
@@ -38,6 +37,7 @@ HELPERS = {
     "moments": {"noise", "ops"},
     "places": set(),
     "progress": set(),
+    "scales": {"backends", "formats"},
     "vectors": {"ops"},
 }
 

@@ -5,14 +5,17 @@ The formats and the arithmetic are stated in zo_kernels/formats.py.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from zo_kernels.checks import check_tensor, expect_int
-from zo_kernels.formats import FORMATS
+from zo_kernels.checks import check_tensor
 from zo_kernels.ops import backend_for
+from zo_kernels.ops.quant_arguments import (
+    check_ends,
+    check_format,
+    group_of,
+    has_scales_of_scales,
+)
 from zo_kernels.scales import scales_of_scales
 
 
@@ -67,17 +70,8 @@ def fake_quant(
     check_tensor(name, tensor)
     if tensor.dim() != 2:
         raise ValueError(f"{name}: expected shape (out, in), got {tuple(tensor.shape)}")
-    switches = {"symmetric": symmetric, "double_quant": double_quant, "check_finite": check_finite}
-    for option, value in switches.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{option}: expected a bool, got {type(value).__name__} ({value!r})")
-    if scheme not in FORMATS:
-        raise ValueError(f"scheme: expected one of {tuple(FORMATS)}, got {scheme!r}")
-    if not symmetric and FORMATS[scheme].kind != "int":
-        raise ValueError(f"symmetric: expected True for scheme {scheme!r}, got False")
-    if double_quant and scheme != "nf4":
-        raise ValueError(f"double_quant: expected False for scheme {scheme!r}, got True")
-    group = _group(tensor, scheme, group_size, name)
+    check_format(scheme, symmetric, double_quant, check_finite)
+    group = group_of(tensor, scheme, group_size, name)
     if out is not None and out is not tensor:
         _check_out(out, tensor, name)
     backend_for(tensor.device, backend)  # refuse before anything is allocated
@@ -91,25 +85,6 @@ def fake_quant(
             out = torch.empty_like(tensor, requires_grad=False)
         _fake_quant_op(out, tensor, *options)
     return out
-
-
-def _group(tensor: Tensor, scheme: str, group_size: int | str | None, name: str) -> int:
-    """Elements per group, at least 1; ValueError or TypeError if group_size makes no sense."""
-    columns = tensor.shape[1]
-    if group_size is None:
-        group_size = FORMATS[scheme].default_group or "row"
-    if group_size == "row":
-        return max(columns, 1)
-    if group_size == "tensor":
-        return max(tensor.numel(), 1)
-    if isinstance(group_size, str):
-        raise ValueError(f"group_size: expected an int, 'row' or 'tensor', got {group_size!r}")
-    size = expect_int("group_size", group_size)
-    if size < 1 or columns % size:
-        raise ValueError(
-            f"group_size: expected a divisor of {columns}, the in dimension of {name}, got {size}"
-        )
-    return size
 
 
 def _check_out(out: Tensor, tensor: Tensor, name: str) -> None:
@@ -169,42 +144,19 @@ def _run(
         return
     room = backend_for(tensor.device, backend or None)
     scales, ends = None, None
-    if double_quant or FORMATS[scheme].scale == "e4m3":
+    if has_scales_of_scales(scheme, double_quant):
         of_groups = room.group_ends(tensor, group=group).cpu()
         ends = of_groups[0].min().item(), of_groups[1].max().item()  # NaN wins
     elif check_finite and (out.data_ptr() == tensor.data_ptr() or not room.FAKE_QUANT_FINDS_ENDS):
         low, high = room.group_ends(tensor, group=tensor.numel()).flatten().tolist()
         ends = low, high
     if check_finite and ends is not None:
-        _check_ends(name, ends, tensor.dtype, scheme, symmetric)
-    if double_quant or FORMATS[scheme].scale == "e4m3":
+        check_ends(name, ends, tensor.dtype, scheme, symmetric)
+    if has_scales_of_scales(scheme, double_quant):
         scales = scales_of_scales(scheme, of_groups).to(tensor.device)
     found = room.fake_quant(out, tensor, scheme, group=group, symmetric=symmetric, scales=scales)
     if check_finite and ends is None:
-        _check_ends(name, found, tensor.dtype, scheme, symmetric)
-
-
-def _check_ends(
-    name: str, ends: tuple[float, float], dtype: torch.dtype, scheme: str, symmetric: bool
-) -> None:
-    """ValueError unless all values are finite and so is every value their grids can have.
-
-    Args:
-        ends: the least and the greatest element, NaN if there is one; or 0 and the greatest
-            magnitude, if symmetric.
-    """
-    low, high = ends
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"{name}: expected finite values, got NaN or infinity")
-    extent = max(-low, high) if symmetric else max(high, 0.0) - min(low, 0.0)
-    top = torch.tensor(FORMATS[scheme].top(symmetric))
-    # The grid is as wide as the extent but for roundings: that of the scale and the dtype's.
-    width = (torch.tensor(extent, dtype=torch.float32) / top * top).to(dtype)
-    if not math.isfinite(width):
-        what = "magnitudes" if symmetric else "max - min"
-        raise ValueError(
-            f"{name}: expected {what} that {scheme} can scale within {dtype}, got {extent}"
-        )
+        check_ends(name, found, tensor.dtype, scheme, symmetric)
 
 
 __all__ = ["fake_quant"]

@@ -2,6 +2,7 @@
 // unit itself, so that Philox and Box-Muller can be called on chosen words too.
 #include "exceptions.cpp"
 #include "isa.cpp"
+#include "parallel.h"
 
 using zo::Exceptions;
 using zo::Job;
@@ -42,6 +43,17 @@ void emit_job(const Job* job, int distribution) {
 uint64_t quant_job_size() { return sizeof(zo::QuantJob); }
 void fake_quant_job(const zo::QuantJob* job, int dtype, int format, float* ends) {
   const zo::Extremes found = zo::ZO_JOIN(kernels_, ZO_ISA).fake_quant[dtype].of[format](*job);
+  ends[0] = found.low;
+  ends[1] = found.high;
+}
+
+void perturb_quant_job(const Job* job, const zo::QuantJob* quant, int distribution, int dtype,
+                       int format, float* ends) {
+  const int itemsize = zo::itemsize(dtype);
+  const zo::Task task{kernels_of(distribution).combine[dtype].at[dtype][0], *job, itemsize,
+                      itemsize};
+  const zo::Extremes found = zo::run_perturb_quant(
+      task, zo::ZO_JOIN(kernels_, ZO_ISA).fake_quant[dtype].of[format], *quant, 1);
   ends[0] = found.low;
   ends[1] = found.high;
 }

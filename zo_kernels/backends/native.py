@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -237,7 +237,6 @@ def fake_quant(
         The ends of all groups, found on the way: the least and the greatest element, 0 included;
         of symmetric schemes 0 and max|w|. NaN if there is one.
     """
-    form = FORMATS[scheme]
     return _C.fake_quant(
         isa=isa(),
         dst=out.data_ptr(),
@@ -245,16 +244,23 @@ def fake_quant(
         groups=tensor.numel() // group,
         group=group,
         dtype=DTYPE_CODES[tensor.dtype],
-        format=FORMAT_CODES[form.kind, symmetric],
-        top=form.top(symmetric),
-        mantissa=form.mantissa,
-        min_exponent=form.min_exponent,
-        power_of_two=form.scale == "power_of_two",
+        format=_format(scheme, symmetric),
         scales=0 if scales is None else scales.data_ptr(),
         lows=0,
         highs=0,
         threads=_threads(),
     )
+
+
+def _format(scheme: str, symmetric: bool) -> tuple[int, float, int, int, bool]:
+    """Code, top, mantissa, min_exponent and power_of_two of a format, as bindings.cpp takes it."""
+    form = FORMATS[scheme]
+    code, top = FORMAT_CODES[form.kind, symmetric], form.top(symmetric)
+    return code, top, form.mantissa, form.min_exponent, form.scale == "power_of_two"
+
+
+#: Of whatever format, the least and the greatest element are found as for this one.
+_ENDS = FORMAT_CODES["int", False], 1.0, 0, 0, False
 
 
 def group_ends(tensor: Tensor, *, group: int) -> Tensor:
@@ -267,17 +273,59 @@ def group_ends(tensor: Tensor, *, group: int) -> Tensor:
         groups=ends.shape[1],
         group=group,
         dtype=DTYPE_CODES[tensor.dtype],
-        format=FORMAT_CODES["int", False],
-        top=1.0,
-        mantissa=0,
-        min_exponent=0,
-        power_of_two=False,
+        format=_ENDS,
         scales=0,
         lows=ends[0].data_ptr(),
         highs=ends[1].data_ptr(),
         threads=_threads(),
     )
     return ends
+
+
+def perturb_quant(
+    out: Tensor,
+    src: Tensor,
+    scale: float,
+    scheme: str,
+    *,
+    group: int,
+    symmetric: bool,
+    scales_of: Callable[[Tensor], Tensor] | None,
+    look: Callable[[tuple[float, float]], None] | None,
+    seed: int,
+    direction: int,
+    stream: int,
+    offset: int,
+    distribution: str,
+) -> None:
+    """out = round(src + scale * z) on the scheme's grid; see zo_kernels.ops.perturb_quant.
+
+    One pass over memory; two where scales_of is given, and for groups longer than 2^16. Arguments
+    as in composed.py; the look is at what the pass has found.
+    """
+    ends = None if scales_of is None else torch.empty(2, src.numel() // group)
+    found = _C.perturb_quant(
+        isa=isa(),
+        dst=out.data_ptr(),
+        src=src.data_ptr(),
+        groups=src.numel() // group,
+        group=group,
+        offset=offset,
+        stream=stream,
+        direction=direction,
+        scale=scale,
+        seed=seed,
+        dtype=DTYPE_CODES[src.dtype],
+        distribution=DISTRIBUTION_CODES[distribution],
+        format=_format(scheme, symmetric) if ends is None else _ENDS,
+        lows=0 if ends is None else ends[0].data_ptr(),
+        highs=0 if ends is None else ends[1].data_ptr(),
+        threads=_threads(),
+    )
+    if look is not None:
+        look(found)
+    if ends is not None:
+        fake_quant(out, out, scheme, group=group, symmetric=symmetric, scales=scales_of(ends))
 
 
 def normal(

@@ -6,10 +6,12 @@ What the other backends are compared with, bit for bit. It runs on any device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from zo_kernels.backends import composed
 from zo_kernels.backends.reference_noise import (
     CHUNK,
     DRAW,
@@ -25,7 +27,7 @@ from zo_kernels.backends.reference_updates import add_changes, advance_, pair_, 
 
 __all__ = [
     "advance_", "box_muller", "combine_", "fake_quant", "fma", "group_ends", "normal", "pair_",
-    "philox", "rademacher", "random_words", "round_stochastic", "swap_",
+    "perturb_quant", "philox", "rademacher", "random_words", "round_stochastic", "swap_",
 ]  # fmt: skip
 
 #: combine_ takes ``scales`` and ``directions`` as lists only.
@@ -71,6 +73,11 @@ def combine_(
             if changes is not None:  # before the write: old is src itself if that is float32
                 add_changes(changes[i], old, acc, new.float())
             d_flat[start : start + count] = new
+
+
+def perturb_quant(out: Tensor, src: Tensor, scale: float, scheme: str, **options: Any) -> None:
+    """out = round(src + scale * z) on the scheme's grid; see composed.py."""
+    composed.perturb_quant(combine_, fake_quant, out, src, scale, scheme, **options)
 
 
 def normal(

@@ -13,6 +13,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -88,6 +89,18 @@ class Part:
         return Part(parameter, untouched(parameter), 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Perturbation:
+    """A parameter w that reads as ``round(w + scale * z)``: the address of z, and who adds it."""
+
+    scale: float
+    seed: int
+    direction: int
+    stream: int
+    distribution: str
+    room: ModuleType
+
+
 def untouched(parameter: Tensor) -> Tensor:
     """The parameter's own values, in whatever contexts."""
     with torch._C.DisableTorchFunction():
@@ -137,6 +150,12 @@ class StreamedReads(TorchFunctionMode, ABC):
 
         A part's source may be the copy itself.
         """
+
+    def perturbation(self, parameter: Tensor) -> Perturbation | None:
+        """What the parameter reads as here, if that is one perturbation of it and no more."""
+        if id(parameter) in self._names or self._outer is None:
+            return None
+        return self._outer.perturbation(parameter)
 
     def divisible(self, parameter: Tensor) -> bool:
         """Whether a slice of it may be changed alone."""
@@ -281,6 +300,22 @@ class StreamedWeights(StreamedReads):
             device: ops.backend_for(device, backend)
             for device in {slot.tensor.device for slot in slots}
         }
+
+    def perturbation(self, parameter: Tensor) -> Perturbation | None:
+        """See ``StreamedReads.perturbation``."""
+        key = id(parameter)
+        if key not in self._names:
+            return super().perturbation(parameter)
+        if self._outer is not None and self._outer.covers(parameter):
+            return None
+        return Perturbation(
+            self._scales[key],
+            self._seed,
+            self._direction,
+            self._streams[key],
+            self._distribution,
+            self._rooms[parameter.device],
+        )
 
     def fill(self, copies: Sequence[Tensor], parts: Sequence[Part]) -> None:
         """One launch for each device."""

@@ -14,6 +14,7 @@ from zo_kernels.ops.combine import combine_, perturb_
 from zo_kernels.ops.dispatch import BACKENDS, backend_for, backend_reasons
 from zo_kernels.ops.emit import normal, rademacher, random_words
 from zo_kernels.ops.pair import pair_
+from zo_kernels.ops.perturb_quantize import perturb_quant
 from zo_kernels.ops.swap import Held
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "normal",
     "pair_",
     "perturb_",
+    "perturb_quant",
     "rademacher",
     "random_words",
 ]

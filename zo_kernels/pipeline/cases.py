@@ -86,6 +86,20 @@ class Buffers:
             backend=self.backend,
         )
 
+    def perturb_quant(self, scheme: str, group: int) -> Tensor:
+        """``ops.perturb_quant`` of the weights into scratch, without its look for infinities."""
+        ops.perturb_quant(
+            [self.scratch.view(-1, group)],
+            [self.weights.view(-1, group)],
+            [SCALE],
+            scheme,
+            direction=DIRECTION,
+            group_size=group,
+            check_finite=False,
+            **self._common(),
+        )
+        return self.scratch
+
     def _common(self) -> dict[str, Any]:
         place = {"streams": [STREAM], "offsets": [self.offset]}
         return {"seed": SEED, "backend": self.backend, **place}
@@ -127,6 +141,13 @@ CASES = (
     Case("combine_ bf16, 4 directions", _BF16, 4, lambda b: b.combine(b.weights, 4), passes=4),
     Case("fake_quant bf16 int4, g128", _BF16, 4, lambda b: b.fake_quant("int4", 128), **_QUANTIZED),
     Case("fake_quant bf16 nf4, g64", _BF16, 4, lambda b: b.fake_quant("nf4", 64), **_QUANTIZED),
+    Case(
+        "perturb_quant bf16 int4, g128",
+        _BF16,
+        4,
+        lambda b: b.perturb_quant("int4", 128),
+        **_QUANTIZED,
+    ),
     Case("perturb_ fp16", _F16, 4, lambda b: b.perturb()),
     Case("perturb_ fp16 stochastic", _F16, 4, lambda b: b.perturb(rounding="stochastic")),
 )

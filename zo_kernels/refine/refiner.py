@@ -30,6 +30,7 @@ from zo_kernels.refine.prefix import PrefixCache
 from zo_kernels.refine.scores import Scores
 from zo_kernels.replay import Log, read_log, replay_
 from zo_kernels.robustness.conditions import parse_scheme
+from zo_kernels.views import quantized
 
 
 class ZORefiner:
@@ -57,11 +58,9 @@ class ZORefiner:
         self.early_stop: EarlyStop | None = None
         self._view = None
         if config.quantized is not None:
-            from zo_kernels.views import QuantizedView
-
             scheme = parse_scheme(config.quantized)
             scheme.pop("activations")
-            self._view = QuantizedView(model, **scheme)
+            self._view = quantized(model, **scheme)
         first = first_block(model, list(self.parameters)) if config.reuse_prefix else 0
         self._prefix = PrefixCache(model, record=first - 1) if first else None
         self.optimizer = ZOSGD(

@@ -9,11 +9,12 @@ from triton import knobs
 from zo_kernels.backends.reference_quantize import group_ends  # torch's own reduction is exact
 from zo_kernels.backends.triton import launch as _launch
 from zo_kernels.backends.triton import perturb as _perturb
-from zo_kernels.backends.triton import quantize as _quantize
 from zo_kernels.backends.triton.combine import combine_
 from zo_kernels.backends.triton.held import swap_
 from zo_kernels.backends.triton.interpreter import mend
 from zo_kernels.backends.triton.launch import interpreting
+from zo_kernels.backends.triton.perturb_quantize import perturb_quant
+from zo_kernels.backends.triton.quantize import fake_quant
 from zo_kernels.backends.triton.updates import advance_, pair_
 
 if knobs.runtime.interpret:
@@ -21,7 +22,8 @@ if knobs.runtime.interpret:
 
 __all__ = [
     "DEVICE_SCALES", "FAKE_QUANT_FINDS_ENDS", "advance_", "combine_", "fake_quant", "group_ends",
-    "interpreting", "normal", "pair_", "rademacher", "random_words", "swap_", "unavailable_reason",
+    "interpreting", "normal", "pair_", "perturb_quant", "rademacher", "random_words", "swap_",
+    "unavailable_reason",
 ]  # fmt: skip
 
 #: combine_ reads ``scales`` and ``directions`` that are tensors when its kernel runs.
@@ -83,18 +85,3 @@ def random_words(
     """Words of elements [offset, offset + count): (count,) int64 with values below 2^32."""
     address = {"seed": seed, "direction": direction, "stream": stream, "offset": offset}
     return _emit("random_words", count, torch.int32, address, device).long() & 0xFFFFFFFF
-
-
-def fake_quant(
-    out: Tensor,
-    tensor: Tensor,
-    scheme: str,
-    *,
-    group: int,
-    symmetric: bool,
-    scales: Tensor | None = None,
-) -> None:
-    """out = tensor on the scheme's grid, a scale per group; see zo_kernels.quantize.fake_quant."""
-    options = _launch.options(tensor.device, _quantize.LANES)
-    with _launch.on(tensor.device):
-        _quantize.launch(out, tensor, scheme, group, symmetric, scales, options)

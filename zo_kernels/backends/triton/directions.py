@@ -166,3 +166,18 @@ def add_anywhere(
     else:
         z = draw_anywhere(i, r, k0, k1, stream, direction, False, VEC, LANES)
         return tl.fma(z, c, acc)
+
+
+@triton.jit
+def add_aligned(
+    acc, c, lo, hi, k0, k1, stream, direction,
+    RADEMACHER: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """acc + c * z of chunks that begin at block (hi, lo), VEC elements each and at a multiple."""
+    if RADEMACHER:
+        i = ((hi.to(tl.int64) << 32) + lo.to(tl.int64)) << 2
+        byte = sign_byte(i >> 3, k0, k1, stream, direction) >> (i & 7).to(tl.uint32)
+        return acc + _signed(c, byte, VEC, LANES)
+    else:
+        z = draw(lo, hi, k0, k1, stream, direction, False, VEC, LANES)
+        return tl.fma(z, c, acc)

@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 
-from zo_kernels.backends.triton import gcn, holding, launch, quantize, sass, updates
+from zo_kernels.backends.triton import (
+    gcn,
+    holding,
+    launch,
+    perturb_quantize,
+    quantize,
+    sass,
+    updates,
+)
 from zo_kernels.backends.triton.assembly import Code, Facts, Instruction, hot_path
 from zo_kernels.backends.triton.compile import TARGETS, Variant, compile_variant
 
@@ -26,7 +34,8 @@ def all_variants() -> list[Variant]:
     Raises:
         ValueError: if two have the same name.
     """
-    variants = [*launch.variants(), *updates.variants(), *holding.variants(), *quantize.variants()]
+    rooms = (launch, updates, holding, quantize, perturb_quantize)
+    variants = [variant for room in rooms for variant in room.variants()]
     twice = [name for name, n in Counter(v.name for v in variants).items() if n > 1]
     if twice:
         raise ValueError(f"all_variants: expected unique names, got {twice} more than once")

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zo_kernels.backends.triton import launch
 from zo_kernels.backends.triton.compile import Variant
 from zo_kernels.formats import FORMATS, NF4_LEVELS, NF4_MIDPOINTS
 
@@ -43,7 +44,7 @@ def _round(x, anchor):
 
 
 @triton.jit
-def _grid(
+def grid_of(
     low, high, SYMMETRIC: tl.constexpr, TOP: tl.constexpr, BINADE: tl.constexpr
 ):  # fmt: skip
     """scale, s (zo_kernels/formats.py) and the ends of the integer grid, of groups.
@@ -95,7 +96,7 @@ def _float(x, TOP: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.conste
 
 
 @triton.jit
-def _on_grid(
+def on_grid(
     w, scale, safe, lowest,
     KIND: tl.constexpr, SYMMETRIC: tl.constexpr, TOP: tl.constexpr,
     MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr,
@@ -144,9 +145,9 @@ def groups_kernel(
     else:
         low = tl.min(w, axis=1, keep_dims=True)
         high = tl.max(w, axis=1, keep_dims=True)
-    scale, safe, lowest = _grid(low, high, SYMMETRIC, TOP, BINADE)
+    scale, safe, lowest = grid_of(low, high, SYMMETRIC, TOP, BINADE)
     scale, safe = _given(scale, safe, scales, row, row < groups, KIND, GIVEN)
-    w = _on_grid(w, scale, safe, lowest, KIND, SYMMETRIC, TOP, MANTISSA, MIN_EXPONENT)
+    w = on_grid(w, scale, safe, lowest, KIND, SYMMETRIC, TOP, MANTISSA, MIN_EXPONENT)
     tl.store(out + offset, w.to(out.dtype.element_ty), mask=mask)
 
 
@@ -178,7 +179,7 @@ def streamed_kernel(
         else:
             low = tl.minimum(low, w)
             high = tl.maximum(high, w)
-    scale, safe, lowest = _grid(
+    scale, safe, lowest = grid_of(
         tl.min(low, axis=0, keep_dims=True),
         tl.max(high, axis=0, keep_dims=True),
         SYMMETRIC,
@@ -190,7 +191,7 @@ def streamed_kernel(
     for start in range(0, GROUP, TILE):
         column = start + tl.arange(0, TILE)
         w = tl.load(src + first + column, mask=column < GROUP, other=0.0).to(tl.float32)
-        w = _on_grid(w, scale, safe, lowest, KIND, SYMMETRIC, TOP, MANTISSA, MIN_EXPONENT)
+        w = on_grid(w, scale, safe, lowest, KIND, SYMMETRIC, TOP, MANTISSA, MIN_EXPONENT)
         tl.store(out + first + column, w.to(out.dtype.element_ty), mask=column < GROUP)
 
 
@@ -221,16 +222,16 @@ def spread_kernel(
     high = tl.load(highs + j)
     if SYMMETRIC:
         high = tl.maximum(tl.abs(low), tl.abs(high))
-    scale, safe, lowest = _grid(
+    scale, safe, lowest = grid_of(
         tl.full([1], low, tl.float32), tl.full([1], high, tl.float32), SYMMETRIC, TOP, BINADE
     )
     row = j + tl.arange(0, 1)
     scale, safe = _given(scale, safe, scales, row, row >= 0, KIND, GIVEN)
-    w = _on_grid(w, scale, safe, lowest, KIND, SYMMETRIC, TOP, MANTISSA, MIN_EXPONENT)
+    w = on_grid(w, scale, safe, lowest, KIND, SYMMETRIC, TOP, MANTISSA, MIN_EXPONENT)
     tl.store(out + offset, w.to(out.dtype.element_ty), mask=column < group)
 
 
-def _constants(scheme: str, symmetric: bool, given: bool = False) -> dict[str, Any]:
+def format_constants(scheme: str, symmetric: bool, given: bool = False) -> dict[str, Any]:
     form = FORMATS[scheme]
     power_of_two = form.scale == "power_of_two"
     return {
@@ -244,7 +245,7 @@ def _constants(scheme: str, symmetric: bool, given: bool = False) -> dict[str, A
     }
 
 
-def _geometry(group: int) -> tuple[Any, dict[str, int]]:
+def geometry(group: int) -> tuple[Any, dict[str, int]]:
     """The kernel for groups of this length, and its constants."""
     if group <= FITS:
         padded = triton.next_power_of_2(group)
@@ -255,35 +256,36 @@ def _geometry(group: int) -> tuple[Any, dict[str, int]]:
     return spread_kernel, {"TILE": TILE}
 
 
-def launch(
+def fake_quant(
     out: Tensor,
     tensor: Tensor,
     scheme: str,
+    *,
     group: int,
     symmetric: bool,
-    scales: Tensor | None,
-    options: dict[str, Any],
+    scales: Tensor | None = None,
 ) -> None:
-    """Launch the kernel for groups of this length; the device is current."""
-    kernel, constants = _geometry(group)
-    constants |= _constants(scheme, symmetric, scales is not None)
+    """out = tensor on the scheme's grid, a scale per group; see zo_kernels.quantize.fake_quant."""
+    kernel, constants = geometry(group)
+    constants |= format_constants(scheme, symmetric, scales is not None)
+    constants |= launch.options(tensor.device, LANES)
     # Not looked at where there are none, but a pointer of the right type.
     first = (out, tensor, tensor.new_empty(1, dtype=torch.float32) if scales is None else scales)
     groups = tensor.numel() // group
-    if kernel is groups_kernel:
-        grid = (triton.cdiv(groups, constants["ROWS"]),)
-        kernel[grid](*first, groups, **constants, **options)
-    elif kernel is streamed_kernel:
-        kernel[(groups,)](*first, **constants, **options)
-    else:
-        low, high = (end.float() for end in tensor.view(groups, group).aminmax(dim=1))
-        tiles = triton.cdiv(group, TILE)
-        kernel[(groups * tiles,)](*first, low, high, group, tiles, **constants, **options)
+    with launch.on(tensor.device):
+        if kernel is groups_kernel:
+            kernel[(triton.cdiv(groups, constants["ROWS"]),)](*first, groups, **constants)
+        elif kernel is streamed_kernel:
+            kernel[(groups,)](*first, **constants)
+        else:
+            low, high = (end.float() for end in tensor.view(groups, group).aminmax(dim=1))
+            tiles = triton.cdiv(group, TILE)
+            kernel[(groups * tiles,)](*first, low, high, group, tiles, **constants)
 
 
-_SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 #: Scheme, symmetric, group size, and what the variant is called.
-_VARIANTS = [
+VARIANTS = [
     ("int8", True, 4096, "int8 row 4096"),
     ("int4", True, 128, "int4 g128"),
     ("int4", True, 32, "int4 g32"),
@@ -304,9 +306,9 @@ _VARIANTS = [
 def variants() -> list[Variant]:
     """What fake_quant launches: all kernels and kinds of formats, on each dtype."""
     result = []
-    for (scheme, symmetric, group, name), dtype in product(_VARIANTS, _SHORT_NAMES):
-        kernel, constants = _geometry(group)
-        short = _SHORT_NAMES[dtype]
+    for (scheme, symmetric, group, name), dtype in product(VARIANTS, SHORT_NAMES):
+        kernel, constants = geometry(group)
+        short = SHORT_NAMES[dtype]
         signature = {"out": f"*{short}", "src": f"*{short}", "scales": "*fp32"}
         if kernel is groups_kernel:
             signature |= {"groups": "i32"}
@@ -318,7 +320,7 @@ def variants() -> list[Variant]:
                 kernel=kernel,
                 signature=signature,
                 constants=constants
-                | _constants(scheme, symmetric, scheme == "nvfp4" or "double" in name),
+                | format_constants(scheme, symmetric, scheme == "nvfp4" or "double" in name),
                 # group is no pointer, but a multiple of 16 too, as in most matrices.
                 aligned=("out", "src", "scales", *(["group"] if kernel is spread_kernel else [])),
                 lanes=LANES,
