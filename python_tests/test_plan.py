@@ -35,7 +35,9 @@ MODELS = {
     ),
     "llama": LlamaConfig(**WIDTHS, intermediate_size=256, num_key_value_heads=8),
     "qwen2": Qwen2Config(**WIDTHS, intermediate_size=1024, num_key_value_heads=2),
-    "gpt2": GPT2Config(vocab_size=4000, n_embd=256, n_layer=4, bos_token_id=1, eos_token_id=2),
+    "gpt2": GPT2Config(
+        vocab_size=4000, n_embd=256, n_layer=4, n_head=8, bos_token_id=1, eos_token_id=2
+    ),
     "opt": OPTConfig(**WIDTHS, ffn_dim=1024, word_embed_proj_dim=256),
 }
 

@@ -28,14 +28,14 @@ Kept for the backward:
     block       norms, per width W: 12 W in float32 (input, normalised, output), 8 W in 16 bits
                 (4 + 2 + 2), LayerNorm 2 e W; under autocast 8 W, and 2 H for each linear's input
                 attention a (2 Q + 2 K), with keys and values repeated a 4 Q; + a B T^2 if B > 1
-                MLP a 4 F, gated; plain 2 F; composed 5 F
+                MLP a 4 F, gated; plain 2 F, ReLU 1 F; composed 5 F
                 all times N
     head        4 M V, the log-softmax
 
 Gradients come as activations go, so the peak of a backward is the largest of: its beginning (all
 that is kept, and 8 M V of gradients more); its end (all gradients, what one block kept, N a (3 F +
-2 H) of gradients within it); after it (all gradients; tied, the table's thrice, two parts and their
-sum). Autocast's copies of weights go the same way.
+2 H) of gradients within it); after it (all gradients; of a tied table two parts and their sum,
+under autocast two in all). Autocast's copies of weights go as activations do.
 
 Not modelled: the allocator's fragments, workspaces of the matrix products, rotation tables.
 """
@@ -143,7 +143,7 @@ def kept_by_block(shape: ModelShape, block: BlockShape, work: Work) -> int:
     else:
         norms = 2 * e * block.norms
     attention = a * (4 * block.query if _repeated(block, work) else 2 * (block.query + block.key))
-    mlp = a * block.inner * (4 if block.gated else 5 if shape.composed else 2)
+    mlp = a * block.inner * (4 if block.gated else shape.kept_by_activation)
     square = work.rows * work.length**2
     mask = a * square if work.masked else 0
     probabilities = square * shape.heads * (4 + a) if shape.eager else 0
@@ -180,11 +180,12 @@ def backward_peak(shape: ModelShape, work: Work, gradient_bytes: int) -> Backwar
     cast = work.output_bytes if work.autocast else 0
     copies = [cast * block.linear_weights for block in blocks]
     g = gradient_bytes
+    again = 0 if not shape.tied else 1 if work.autocast else 2
     before_end = shape.elements - (0 if shape.tied else table)
     return max(
         BackwardPeak(sum(kept) + 12 * logits, sum(copies) + cast * table, 0),
         BackwardPeak(sum(kept) + within, sum(copies), g * (table + blocks[-1].weights)),
         BackwardPeak(kept[0] + within, copies[0], g * before_end),
-        BackwardPeak(0, 0, g * (shape.elements + (2 * table if shape.tied else 0))),
+        BackwardPeak(0, 0, g * (shape.elements + again * table)),
         key=lambda moment: moment.activations + moment.copies + moment.gradients,
     )

@@ -296,10 +296,12 @@ def _refine(shape: ModelShape, mode: str, work: Workload) -> Plan:
         "exceptions to one rounding": exceptions,
         "perturbed copy of the largest leaf": copies * read,
         "hidden states before the first selected block": _prefix(shape, chosen, work, dtype),
-        # Between two evaluations there are no activations, but both points' exceptions; or a
-        # tensor's moments are taken, in float64.
-        "activations": max(forward, exceptions, _MOMENTS * min(largest, _PIECE)),
+        # Between two evaluations there are no activations, but both points' exceptions.
+        "activations": max(forward, exceptions),
     }
+    # Before all that the moments of each tensor are taken, in float64.
+    moments = _MOMENTS * min(largest, _PIECE)
+    kept["activations"] += max(0, moments - sum(kept.values()))
     return _plan(shape, mode, work, count, moved, kept)
 
 
