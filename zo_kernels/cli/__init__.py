@@ -1,4 +1,4 @@
-"""The command line: align, dpo, refine, evaluate, compare, replay, log, demo, doctor, inspect."""
+"""The command line: one function a command, in files by what they do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zo_kernels.cli import compare, evaluate, replay, score, study, train
+from zo_kernels.cli import compare, evaluate, plan, replay, score, study, train
 from zo_kernels.cli.options import examples_of
 from zo_kernels.cli.show import print_report
 
@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_commands(commands, _command)
     replay.add_commands(commands, _command)
     study.add_commands(commands, _command)
+    plan.add_commands(commands, _command)
 
     command = _command(commands, "demo", _demo, "base -> aligned -> refined, with its controls")
     command.add_argument("--model", type=Path, help="Hugging Face directory (default: SmolLM2)")

@@ -8,13 +8,13 @@ The model of it, per decoder block; all formulas are bytes, checked against meas
     e bytes of a weight, a bytes of what linears give (2 under autocast, else e), g of a gradient
 
 Forward without gradients. Beside a block's own tensors live the embeddings that went in (N H), the
-block's input (N H) and, in the MLP, the residual (N H):
+block's input (N H), the mask (B T^2, if B > 1) and, in the MLP, the residual (N H):
 
     norm        N (3 e H + 8 H): the square and the product in float32   (LayerNorm: N e 4 H)
     rotation    N a (3 H + Q + 2 K + max(3 Q, Q + 3 K))                  (models with rotation)
     attention   N a (3 H + 2 Q + 2 K), sdpa;
                 + N a 2 Q where keys and values are repeated: fewer key heads and B > 1 (padding)
-                + B T^2 (a + 1) for the mask, if B > 1; eager: + B h T^2 (4 + 2 a)
+                + B T^2 a for the mask as numbers, if B > 1; eager: + B h T^2 (4 + 2 a)
     MLP         N a (4 H + 3 F), gated (gate and up fused: 4 F); plain: 2 F, an activation composed
                 of torch functions: 4 F
     head        N e H + M (e H + a V): the last hidden states, those at completions, the logits
@@ -28,13 +28,14 @@ Kept for the backward:
     block       norms, per width W: 12 W in float32 (input, normalised, output), 8 W in 16 bits
                 (4 + 2 + 2), LayerNorm 2 e W; under autocast 8 W, and 2 H for each linear's input
                 attention a (2 Q + 2 K), with keys and values repeated a 4 Q; + a B T^2 if B > 1
-                MLP a 4 F, gated; plain 2 F; composed 5 F
+                MLP a 4 F, gated; plain 2 F, ReLU 1 F; composed 5 F
                 all times N
     head        4 M V, the log-softmax
 
 Gradients come as activations go, so the peak of a backward is the largest of: its beginning (all
 that is kept, and 8 M V of gradients more); its end (all gradients, what one block kept, N a (3 F +
-2 H) of gradients within it); after it (all gradients; tied, the table's twice). Autocast's copies of weights go the same way.
+2 H) of gradients within it); after it (all gradients; of a tied table two parts and their sum,
+under autocast two in all). Autocast's copies of weights go as activations do.
 
 Not modelled: the allocator's fragments, workspaces of the matrix products, rotation tables.
 """
@@ -116,7 +117,8 @@ def _block_peak(shape: ModelShape, block: BlockShape, work: Work) -> int:
         mlp = n * a * (4 * hidden + (4 if block.fused else 3) * inner)
     else:
         mlp = n * a * (4 * hidden + (4 if shape.composed else 2) * inner)
-    return max(norm, rotation, attention, mlp)
+    mask = work.rows * work.length**2 if work.masked else 0
+    return max(norm, rotation, attention, mlp) + mask
 
 
 def _repeated(block: BlockShape, work: Work) -> bool:
@@ -124,9 +126,9 @@ def _repeated(block: BlockShape, work: Work) -> bool:
 
 
 def _attention_extra(shape: ModelShape, work: Work) -> int:
-    """The mask, and the probabilities where attention keeps them."""
+    """The mask as numbers, and the probabilities where attention keeps them."""
     square = work.rows * work.length**2
-    mask = square * (work.output_bytes + 1) if work.masked else 0
+    mask = square * work.output_bytes if work.masked else 0
     return mask + (square * shape.heads * (4 + 2 * work.output_bytes) if shape.eager else 0)
 
 
@@ -141,7 +143,7 @@ def kept_by_block(shape: ModelShape, block: BlockShape, work: Work) -> int:
     else:
         norms = 2 * e * block.norms
     attention = a * (4 * block.query if _repeated(block, work) else 2 * (block.query + block.key))
-    mlp = a * block.inner * (4 if block.gated else 5 if shape.composed else 2)
+    mlp = a * block.inner * (4 if block.gated else shape.kept_by_activation)
     square = work.rows * work.length**2
     mask = a * square if work.masked else 0
     probabilities = square * shape.heads * (4 + a) if shape.eager else 0
@@ -178,11 +180,12 @@ def backward_peak(shape: ModelShape, work: Work, gradient_bytes: int) -> Backwar
     cast = work.output_bytes if work.autocast else 0
     copies = [cast * block.linear_weights for block in blocks]
     g = gradient_bytes
+    again = 0 if not shape.tied else 1 if work.autocast else 2
     before_end = shape.elements - (0 if shape.tied else table)
     return max(
         BackwardPeak(sum(kept) + 12 * logits, sum(copies) + cast * table, 0),
         BackwardPeak(sum(kept) + within, sum(copies), g * (table + blocks[-1].weights)),
         BackwardPeak(kept[0] + within, copies[0], g * before_end),
-        BackwardPeak(0, 0, g * (shape.elements + (table if shape.tied else 0))),
+        BackwardPeak(0, 0, g * (shape.elements + again * table)),
         key=lambda moment: moment.activations + moment.copies + moment.gradients,
     )

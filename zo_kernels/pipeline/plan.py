@@ -10,6 +10,7 @@ to 1 GB, of which torch reports next to nothing): leave so much of a budget free
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from torch import nn
 
 from zo_kernels import ops
 from zo_kernels.modes import MODES
+from zo_kernels.noise import DISTRIBUTIONS
 from zo_kernels.pipeline.footprint import Work, backward_peak, forward_peak
 from zo_kernels.pipeline.shapes import ModelShape, largest_read, read_shape, selected
 from zo_kernels.pipeline.traffic import traffic
@@ -32,7 +34,8 @@ PREFERENCE = ("master", "master8", "dual", "streamed", "inplace")
 """Modes in the order in which ``choose`` takes them for 16-bit weights."""
 PREFERENCE_FLOAT32 = ("dual", "streamed", "inplace")
 """The same for float32 weights, which neither masters nor residuals make more exact."""
-_SAMPLE = 1 << 18
+_SAMPLE = 1 << 18  # weights on which the exceptions of "inplace" are counted
+_MOMENTS, _PIECE = 16, 1 << 22  # bytes per element, elements at a time: ``zo_kernels.moments``
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,15 @@ class Workload:
                 f"completion: expected 1 to {self.length - 1}, less than length, got "
                 f"{self.completion}"
             )
-        for name, known in (("dtype", ("auto", *DTYPES)), ("device", ("cuda", "cpu"))):
+        for name, known in (
+            ("dtype", ("auto", *DTYPES)),
+            ("device", ("cuda", "cpu")),
+            ("distribution", DISTRIBUTIONS),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
+        if not (math.isfinite(self.eps) and self.eps >= 0):
+            raise ValueError(f"eps: expected a finite number of at least 0, got {self.eps}")
         if self.quantized is not None:
             parse_scheme(self.quantized)
 
@@ -162,23 +171,23 @@ def plan(config: str | os.PathLike[str], *, mode: str = "streamed", **workload: 
     return found
 
 
-def plans(config: str | os.PathLike[str], modes: Sequence[str] = (), **workload: Any) -> list[Plan]:
-    """The same for several modes; none named: for all. ``mezo`` and first-order training too."""
+def plans(config: str | os.PathLike[str], modes: Sequence[str], **workload: Any) -> list[Plan]:
+    """The same for several modes."""
     work = Workload(**workload)
     work.check()
     known = (*MODES, *FIRST_ORDER)
     for mode in modes:
         if mode not in known:
             raise ValueError(f"mode: expected one of {list(known)}, got {mode!r}")
-        for option in ("layers", "quantized"):
-            if mode in FIRST_ORDER and getattr(work, option) is not None:
+        for option, plain in (("layers", None), ("quantized", None), ("parameters", "linear")):
+            if mode in FIRST_ORDER and getattr(work, option) != plain:
                 raise ValueError(
                     f"{option}: expected none with mode {mode!r}, which trains all parameters as "
                     f"they are, got {getattr(work, option)!r}"
                 )
     shapes: dict[torch.dtype, ModelShape] = {}
     found = []
-    for mode in modes or known:
+    for mode in modes:
         dtype = _dtype(work, mode)
         if dtype not in shapes:
             shapes[dtype] = read_shape(config, dtype)
@@ -186,39 +195,50 @@ def plans(config: str | os.PathLike[str], modes: Sequence[str] = (), **workload:
     return found
 
 
-def choose(
-    config: str | os.PathLike[str],
-    budget: int,
-    found: Sequence[Plan] | None = None,
-    **workload: Any,
-) -> Plan:
-    """The first mode of ``PREFERENCE`` (``PREFERENCE_FLOAT32``) that fits.
+def all_plans(config: str | os.PathLike[str], **workload: Any) -> list[Plan]:
+    """Of every mode of ``ZOSGD``, and of ``FIRST_ORDER`` for all parameters as they are."""
+    as_they_are = {
+        name: value
+        for name, value in workload.items()
+        if name not in ("layers", "quantized", "parameters")
+    }
+    return [
+        *plans(config, list(MODES), **workload),
+        *plans(config, FIRST_ORDER, **as_they_are),
+    ]
 
-    All of these leave the weights bit-exact around an evaluation. With 16-bit weights what tells
-    them apart most is how much of an update arrives: all of it in float32 masters, nearly all in
-    24 bits, on average in stochastic rounding. Then comes speed: ``dual`` draws two normals per
-    weight and step, the others three. ``inplace`` comes last: it needs least where few layers
-    are selected. ``snapshot`` gives the same run as ``streamed`` for more memory, ``mezo`` drifts.
+
+def choose(found: Sequence[Plan], budget: float) -> Plan:
+    """The plan to take: the first one of ``PREFERENCE`` (``PREFERENCE_FLOAT32``) that fits.
+
+    All of these modes leave the weights bit-exact around an evaluation. With 16-bit weights what
+    tells them apart most is how much of an update arrives: all of it in float32 masters, nearly
+    all in 24 bits, on average by stochastic rounding. Then comes speed: ``dual`` draws two normals
+    per weight and step, the others three. ``inplace`` comes last: it needs least where few layers
+    are selected. ``snapshot`` gives the same run as ``streamed`` for more memory, ``mezo`` drifts,
+    and first-order training is another thing: they are chosen only where no other plan is given.
 
     Args:
-        config, workload: as for ``plan``.
+        found: plans of the modes to choose from, as ``plans`` or ``all_plans`` gives them.
         budget: bytes on the device.
-        found: plans of all modes, if there are any already.
 
     Raises:
         ValueError: none fits; says which needs least, and how much.
     """
-    found = plans(config, PREFERENCE, **workload) if found is None else found
-    by_mode = {found_plan.mode: found_plan for found_plan in found}
-    order = PREFERENCE_FLOAT32 if by_mode["streamed"].dtype == "float32" else PREFERENCE
-    for mode in order:
-        if by_mode[mode].total_device <= budget:
-            return by_mode[mode]
-    least = min((by_mode[mode] for mode in order), key=lambda p: p.total_device)
+    if not found:
+        raise ValueError("found: expected at least one plan, got none")
+    by_mode = {one.mode: one for one in found}
+    wide = all(one.dtype == "float32" for one in found if one.mode in MODES)
+    order = [by_mode[m] for m in (PREFERENCE_FLOAT32 if wide else PREFERENCE) if m in by_mode]
+    order = order or list(found)
+    for one in order:
+        if one.total_device <= budget:
+            return one
+    least = min(order, key=lambda one: one.total_device)
     raise ValueError(
-        f"budget: expected enough for one of the modes {', '.join(order)}, got "
+        f"budget: expected enough for {' or '.join(one.mode for one in order)}, got "
         f"{budget / 1e9:.2f} GB; '{least.mode}' needs least, {least.total_device / 1e9:.2f} GB, of "
-        f"which weights are {least.bytes_of('weights') / 1e9:.2f} GB"
+        f"which the weights are {least.bytes_of('weights') / 1e9:.2f} GB"
     )
 
 
@@ -267,6 +287,7 @@ def _refine(shape: ModelShape, mode: str, work: Workload) -> Plan:
         read = max(read, largest_read(shape, selected(shape), evaluation.tokens))
     forward = forward_peak(shape, evaluation, dual=mode == "dual")
     exceptions = _exceptions(count, dtype, work) if mode == "inplace" else 0
+    largest = max(parameter.numel() for parameter in chosen.values())
     moved = traffic(shape, mode, chosen, evaluation.tokens, queries=work.queries)
     kept = {
         "snapshot of the selected weights": count * dtype.itemsize if mode == "snapshot" else 0,
@@ -275,9 +296,12 @@ def _refine(shape: ModelShape, mode: str, work: Workload) -> Plan:
         "exceptions to one rounding": exceptions,
         "perturbed copy of the largest leaf": copies * read,
         "hidden states before the first selected block": _prefix(shape, chosen, work, dtype),
-        # Between the two evaluations both points' exceptions are there, but no activations.
+        # Between two evaluations there are no activations, but both points' exceptions.
         "activations": max(forward, exceptions),
     }
+    # Before all that the moments of each tensor are taken, in float64.
+    moments = _MOMENTS * min(largest, _PIECE)
+    kept["activations"] += max(0, moments - sum(kept.values()))
     return _plan(shape, mode, work, count, moved, kept)
 
 

@@ -58,7 +58,7 @@ class ModelShape:
         heads: attention heads.
         root_mean_square: whether norms are composed of torch functions (RMSNorm), in float32.
         rotary: whether positions rotate queries and keys.
-        composed: whether the MLP's activation is composed of several torch functions.
+        activation: the function in the MLP, as transformers names it.
         eager: whether attention keeps its matrix of probabilities.
     """
 
@@ -69,13 +69,23 @@ class ModelShape:
     heads: int
     root_mean_square: bool
     rotary: bool
-    composed: bool
+    activation: str
     eager: bool
 
     @property
     def tied(self) -> bool:
         """Whether the output head is the embedding."""
         return self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
+
+    @property
+    def composed(self) -> bool:
+        """Whether the MLP's activation is composed of several torch functions."""
+        return self.activation in _COMPOSED
+
+    @property
+    def kept_by_activation(self) -> int:
+        """Tensors that a plain MLP's activation and the linear after it keep for the backward."""
+        return 5 if self.composed else 1 if self.activation == "relu" else 2
 
     @property
     def elements(self) -> int:
@@ -130,7 +140,7 @@ def read_shape(config: str | os.PathLike[str], dtype: torch.dtype) -> ModelShape
         heads=heads,
         root_mean_square=any("RMS" in type(norm).__name__ for norm in norms),
         rotary=any("Rotary" in type(module).__name__ for module in model.modules()),
-        composed=activation in _COMPOSED,
+        activation=activation,
         eager=text._attn_implementation == "eager",
     )
 
