@@ -19,8 +19,8 @@ from zo_kernels import chat
 from zo_kernels.progress import progress_bar
 from zo_kernels.refine import checkpoint
 from zo_kernels.refine.align import AlignConfig, align
-from zo_kernels.refine.records import MetricsLog, read_records, write_records
 from zo_kernels.refine.config import RefineConfig
+from zo_kernels.refine.records import MetricsLog, read_records, write_records
 from zo_kernels.refine.refiner import ZORefiner
 from zo_kernels.robustness.conditions import EvaluationConfig
 from zo_kernels.robustness.report import write_report
