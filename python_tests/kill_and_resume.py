@@ -3,24 +3,29 @@
     python kill_and_resume.py FOLDER --kills 200
 
 The final weights of each run, in every mode that can be replayed, must be bit for bit those of a
-run that nobody disturbed. Children are forked, so that a life costs milliseconds and not an import.
+run that nobody disturbed. They begin with a skipped step, and a warm start in the one behind it.
+Children are forked, so that a life costs milliseconds and not an import.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
 
 import zo_kernels as zk
+from zo_kernels import noise
 from zo_kernels.replay.header import ARITHMETICS
 
+warnings.filterwarnings("ignore", message="ZOSGD: step 0 skipped")
 torch.set_num_threads(1)  # a forked child has no threads but its own
 
 STEPS = 40
@@ -46,16 +51,18 @@ def make(mode: str) -> tuple[dict[str, torch.nn.Parameter], zk.ZOSGD]:
 def live(mode: str, log: Path | None) -> list[torch.Tensor]:
     """Take a run to its end, from where its log ends; the final weights."""
     tensors, optimizer = make(mode)
-    if log is not None:
-        if log.exists():
-            optimizer.resume_log(log)
-        else:
+    if log is not None and log.exists():
+        optimizer.resume_log(log)
+    else:
+        optimizer.warm_start([noise.LAYER_SCORING, 2**32 - 1], {"a": [1e-3, -2e-3], "c": [0, 1e-3]})
+        if log is not None:
             optimizer.start_log(log)
 
-    def closure() -> torch.Tensor:
-        return sum(
+    def closure() -> torch.Tensor | float:
+        loss = sum(
             ((tensor * 1.0).float() - optimizer.steps).square().sum() for tensor in tensors.values()
         )
+        return loss if optimizer.steps else math.inf
 
     while optimizer.steps < STEPS:
         optimizer.step(closure)

@@ -46,10 +46,9 @@ def test_snip_is_the_sum_of_weight_times_gradient(name):
 
     model.requires_grad_(True)
     completion_loss(model, objective_of(model, size=4).batches[0]).backward()
-    weights = linear_weights(model)
-    expected = by_block(
-        model, {n: float((w * w.grad).double().abs().sum()) for n, w in weights.items()}
-    )
+    with torch.no_grad():
+        products = {n: (w * w.grad).double().abs().sum() for n, w in linear_weights(model).items()}
+    expected = by_block(model, products)
     assert found == pytest.approx(expected, rel=1e-4) and min(found) > 0
     assert chosen == greatest(expected, 2)
 
@@ -78,7 +77,7 @@ def test_magnitude_is_the_mean_of_absolute_weights(dtype):
                 linear.weight.mul_(factor)
         blocks[3].input_layernorm.weight.fill_(1e3)
         blocks[3].self_attn.q_proj.bias.fill_(1e3)
-        # Fewer weights of the same mean: a sum would put this block last of the first two.
+        # Fewer weights of the same mean: by its sum the block would be behind the next.
         blocks[0].mlp.gate_proj = torch.nn.Linear(32, 4, bias=False)
         blocks[0].mlp.gate_proj.weight.copy_(blocks[1].mlp.gate_proj.weight[:4])
         model.to(dtype)

@@ -91,28 +91,44 @@ def weights_after(
     """The weights by one ``combine_`` per step and tensor, written from the definition."""
     weights = {n: t.detach().clone() for group in groups for n, t in group.items()}
     values = {n: t.float() for n, t in weights.items()}  # of master and master8
+
+    def add(
+        parameter: Parameter, scales: Sequence[float], directions: Sequence[int], decay: float
+    ) -> None:
+        target = (weights if header.arithmetic == "stochastic" else values)[parameter.name]
+        zk.combine_(
+            [target],
+            [target],
+            [scales],
+            seed=header.seed,
+            directions=directions,
+            streams=[parameter.stream],
+            src_scale=decay,
+            rounding="stochastic" if header.arithmetic == "stochastic" else "nearest",
+            distribution=header.distribution,
+            backend="reference",
+        )
+        dtype = parameter.torch_dtype
+        if header.arithmetic == "master8" and dtype != torch.float32:
+            values[parameter.name] = round_joined(target, dtype)
+
+    warm = header.warm_start
     for step in steps:
+        directions = [step.step * header.queries + q for q in range(header.queries)]
         for group, table in zip(step.groups, header.groups, strict=True):
             products = [[p.unit * c for c in group.coefficients] for p in table]
             if step.skipped or (group.decay == 1.0 and not any(c for row in products for c in row)):
                 continue
             for parameter, scales in zip(table, products, strict=True):
-                target = (weights if header.arithmetic == "stochastic" else values)[parameter.name]
-                zk.combine_(
-                    [target],
-                    [target],
-                    [scales],
-                    seed=header.seed,
-                    directions=[step.step * header.queries + q for q in range(header.queries)],
-                    streams=[parameter.stream],
-                    src_scale=group.decay,
-                    rounding="stochastic" if header.arithmetic == "stochastic" else "nearest",
-                    distribution=header.distribution,
-                    backend="reference",
-                )
-                dtype = parameter.torch_dtype
-                if header.arithmetic == "master8" and dtype != torch.float32:
-                    values[parameter.name] = round_joined(target, dtype)
+                add(parameter, scales, directions, group.decay)
+        if warm is not None and not step.skipped:
+            for table in header.groups:
+                if any(any(warm.scales.get(p.name, ())) for p in table):
+                    for parameter in table:
+                        still = [0.0] * len(warm.directions)
+                        scales = list(warm.scales.get(parameter.name, still))
+                        add(parameter, scales, list(warm.directions), 1.0)
+            warm = None
     for parameter in header.parameters():
         name, dtype = parameter.name, parameter.torch_dtype
         if header.arithmetic == "master8" and dtype != torch.float32:

@@ -196,8 +196,11 @@ class Logged:
 
     def _expect_logged(self, groups: Sequence[Group]) -> None:
         """ValueError unless the trainable parameters are those that the log began with."""
-        logged = [[parameter.name for parameter in group] for group in self.log.header.groups]
-        found = [[slot.name for slot in group.slots] for group in groups]
+        logged = [
+            [noise.canonical_name(parameter.name) for parameter in group]
+            for group in self.log.header.groups
+        ]
+        found = [[noise.canonical_name(slot.name) for slot in group.slots] for group in groups]
         if found != logged:
             names = {name for group in found for name in group}
             others = sorted(names ^ {name for group in logged for name in group})

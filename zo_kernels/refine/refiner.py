@@ -122,12 +122,13 @@ class ZORefiner:
             RuntimeError: forwards cannot begin behind a block (``PrefixCache.check``).
         """
         config = self.config
-        encoded, watched = self._encoded(data), None
+        encoded, held = self._encoded(data), []
         if config.held_out_every:
-            kept = self._encoded(held_out)
             if held_out is None:
-                encoded, kept = held_out_part(encoded)
-            watched = self._objective(kept)
+                encoded, held = held_out_part(encoded)
+            else:
+                held = self._encoded(held_out)
+        watched = self._objective(held) if held else None
         known = self._known(Path(log)) if log is not None and resume else None
         with self._prefix or nullcontext():
             done = 0 if known is None else len(known.steps)
@@ -146,7 +147,7 @@ class ZORefiner:
                 self.early_stop = EarlyStop(self.parameters, config.patience)
                 self._recall(known, earlier)
             if log is not None:
-                self._open_log(Path(log), encoded, known, progress)
+                self._open_log(Path(log), {"data": encoded, "held_out": held}, known, progress)
             if self.early_stop is not None and self._last_unknown(done):
                 self.early_stop.note(done, self._held_out_loss(watched))
             before = earlier[-1]["seconds"] if known is not None and earlier else 0.0
@@ -331,16 +332,20 @@ class ZORefiner:
         return len(self.early_stop.losses) < done // every and done % every == 0
 
     def _open_log(
-        self, path: Path, encoded: Sequence[Encoded], known: Log | None, progress: Progress | None
+        self,
+        path: Path,
+        examples: Mapping[str, Sequence[Encoded]],
+        known: Log | None,
+        progress: Progress | None,
     ) -> None:
         """Begin the replay log, or take the weights to its end."""
-        digest = hashlib.sha256(repr([asdict(item) for item in encoded]).encode()).hexdigest()
+        digests = {name: _digest(encoded) for name, encoded in examples.items() if encoded}
         free = ("steps", "seconds") if self.config.schedule == "constant" else ("seconds",)
         options = {k: v for k, v in asdict(self.config).items() if k not in free}
         options["layers"] = options["layers"] and list(options["layers"])  # as JSON has it
         if known is None:
             lr = float(self.optimizer.param_groups[0]["initial_lr"])
-            user = {"options": options, "data": digest, "lr": lr}
+            user = {"options": options, **digests, "lr": lr}
             self.optimizer.start_log(path, user=user)
             return
         logged = known.header.user
@@ -349,10 +354,18 @@ class ZORefiner:
         for name, value in options.items():
             if taken[name] != value:
                 raise ValueError(f"{name}: expected {taken[name]!r} as in {path}, got {value!r}")
-        if logged["data"] != digest:
-            raise ValueError(f"data: expected the examples with which {path} began, got others")
+        for name, digest in digests.items():
+            if logged.get(name) != digest:
+                raise ValueError(
+                    f"{name}: expected the examples with which {path} began, got others"
+                )
         done = self.optimizer.resume_log(path, progress=progress)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             self.scheduler.last_epoch = done - 1
             self.scheduler.step()
+
+
+def _digest(encoded: Sequence[Encoded]) -> str:
+    """A fingerprint of examples."""
+    return hashlib.sha256(repr([asdict(item) for item in encoded]).encode()).hexdigest()
