@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from zo_kernels.pipeline.arms import (
 )
 from zo_kernels.pipeline.smollm2 import prepare
 from zo_kernels.pipeline.study_config import TITLES, Arm, StudyConfig
+from zo_kernels.pipeline.study_folder import StudyFolder
+from zo_kernels.pipeline.study_report import CONTROL_STEPS, write_study_report
 from zo_kernels.progress import progress_bar
 from zo_kernels.refine import checkpoint
 from zo_kernels.refine.objective import Objective, fixed_batches
@@ -43,10 +45,8 @@ from zo_kernels.refine.scoring import score
 from zo_kernels.refine.selection import select_blocks
 from zo_kernels.replay import read_log
 from zo_kernels.robustness.prompts import digest, text_digest
-from zo_kernels.robustness.report import write_report
 from zo_kernels.robustness.suite import Evaluation
 
-CONTROL_STEPS = 3
 FREE = ("seeds", "arms", "threads", "keep_models")
 """Options in which a study may be gone on with; each arm remembers its own."""
 _FOREVER = 1_000_000  # steps of an arm that ends by its seconds
@@ -63,7 +63,7 @@ class Study:
 
     def __init__(self, config: StudyConfig, directory: Path, say: Callable[[str], None]) -> None:
         config.check()
-        self.config, self.directory, self.say = config, directory, say
+        self.config, self.folder, self.say = config, StudyFolder(directory), say
         examples = chat.read_examples(config.data) if config.data else chat.builtin_examples()
         self.held_out = chat.select(examples, split=chat.HELD_OUT)
         self.train = chat.select(examples, split=chat.TRAIN)
@@ -95,35 +95,15 @@ class Study:
         for seed in config.seeds:
             for arm in self._in_order():
                 self._arm(arm, seed)
-        return self._report()
-
-    # Stages
+        return write_study_report(self.folder, config, self.scores, self.base.name)
 
     def _open(self) -> None:
-        """Remember the configuration; refuse to go on with a study of another one."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        wanted = json.loads(
-            json.dumps(
-                self.config.record()
-                | {"examples": digest(self.train + self.held_out), "text": text_digest(self.text)}
-            )
-        )
-        path = self.directory / "study.json"
-        if path.exists():
-            found = json.loads(path.read_text("utf-8"))
-            changed = sorted(k for k in wanted if k not in FREE and found.get(k) != wanted[k])
-            if changed:
-                raise ValueError(
-                    f"{self.directory}: expected a new folder or a study with the same "
-                    f"configuration, got one that differs in {', '.join(changed)}"
-                )
-        elif any(self.directory.iterdir()):
-            raise FileExistsError(f"{self.directory}: expected a new or empty folder")
-        write_file(path, json.dumps(wanted, indent=1) + "\n")
+        data = {"examples": digest(self.train + self.held_out), "text": text_digest(self.text)}
+        self.folder.open(self.config.record() | data, FREE)
 
     def _align(self) -> Path:
         """Stage I; the folder of the aligned model."""
-        config, path = self.config.align, self.directory / "aligned"
+        config, path = self.config.align, self.folder.path / "aligned"
         if config is None:
             return self.base
         if not path.exists():
@@ -132,16 +112,16 @@ class Study:
             with progress_bar("aligning") as progress:
                 trained = align_arm(
                     model, tokenizer, self._encoded(tokenizer, config), config,
-                    self._stem("aligned", None), progress=progress,
+                    self.folder.training("aligned", None, ""), progress=progress,
                 )  # fmt: skip
-            self._done("aligned", None, trained)
+            self.folder.finish("aligned", None, trained)
             checkpoint.save(model, tokenizer, path)
-            self._stem("aligned", None).with_suffix(".state").unlink(missing_ok=True)
+            self.folder.training("aligned", None, ".state").unlink(missing_ok=True)
         return path
 
     def _score(self) -> Scores:
         """Stage II."""
-        path, losses = self.directory / "scores.json", self.directory / "scores.jsonl"
+        path, losses = self.folder.path / "scores.json", self.folder.path / "scores.jsonl"
         if path.exists():
             return Scores.load(path)
         self.say("Stage II: scoring the decoder blocks")
@@ -159,13 +139,13 @@ class Study:
                 finished=finished, on_result=log.write, progress=progress,
             )  # fmt: skip
         peak = {"peak_bytes": memory.peak - memory.before}
-        write_file(self.directory / "scoring.json", json.dumps(peak) + "\n")
+        write_file(self.folder.path / "scoring.json", json.dumps(peak) + "\n")
         scores.save(path)
         return scores
 
     def _control(self) -> None:
         """Zeroth-order steps with lr = 0 leave every bit: the aligned records are theirs."""
-        path = self._records_path("lr0", None)
+        path = self.folder.records_path("lr0", None)
         if path.exists():
             return
         self.say(f"control: {CONTROL_STEPS} zeroth-order steps with lr = 0")
@@ -177,7 +157,7 @@ class Study:
         )  # fmt: skip
         ZORefiner(model, tokenizer, config).run(self._encoded(tokenizer, config))
         if checkpoint.fingerprint(model) == before:
-            own = [record | {"label": "lr0"} for record in self._records("aligned", None)]
+            own = [record | {"label": "lr0"} for record in self.folder.records("aligned", None)]
             write_records(path, own)
             return
         if config.mode != "mezo":
@@ -191,17 +171,17 @@ class Study:
 
     def _arm(self, arm: Arm, seed: int) -> None:
         """Train and evaluate one arm with one seed."""
-        name = self._name(arm.name, seed)
-        made = self.directory / "models" / name
-        trained = self._trained(arm.name, seed)
+        name = self.folder.name(arm.name, seed)
+        made = self.folder.model(arm.name, seed)
+        trained = self.folder.trained(arm.name, seed)
         if trained is None:
             model, tokenizer = self._load("float32" if arm.kind == "fo" else None)
             self.say(f"{TITLES.get(arm.name, arm.name)}, training seed {seed}")
             trained = self._train(arm, seed, model, tokenizer)
             if arm.kind == "fo" or self.config.keep_models or trained.config.get("mode") == "mezo":
                 checkpoint.save(model, tokenizer, made)
-            self._done(arm.name, seed, trained)
-            self._stem(arm.name, seed).with_suffix(".state").unlink(missing_ok=True)
+            self.folder.finish(arm.name, seed, trained)
+            self.folder.training(arm.name, seed, ".state").unlink(missing_ok=True)
             del model
             gc.collect()
 
@@ -212,7 +192,7 @@ class Study:
             if arm.kind == "walk":
                 found = self._walk(arm, seed, model).fingerprint
             else:
-                log = self._stem(arm.name, seed).with_suffix(".zolog")
+                log = self.folder.training(arm.name, seed, ".zolog")
                 found = replayed_fingerprint(model, log)
             if found != trained.fingerprint:
                 raise RuntimeError(
@@ -229,8 +209,8 @@ class Study:
         if arm.kind == "walk":
             return self._walk(arm, seed, model)
         seconds, cost = self._budget(arm, seed, model)
-        stem = self._stem(arm.name, seed)
-        with progress_bar(self._name(arm.name, seed)) as progress:
+        stem = self.folder.training(arm.name, seed, "")
+        with progress_bar(self.folder.name(arm.name, seed)) as progress:
             if arm.kind == "fo":
                 config = self.config.first_order_steps(arm, seed, 1)
                 per_step = config.batch_size * config.accumulation * (1 + BACKWARD)
@@ -255,7 +235,7 @@ class Study:
         first = next((a for a in self._in_order() if a.kind == "zo"), None)
         if self.config.equal == "forwards" or first is None or arm == first:
             return None, cost
-        return self._trained(first.name, seed).seconds, cost
+        return self.folder.trained(first.name, seed).seconds, cost
 
     def _blocks(
         self, arm: Arm, seed: int, model: Any, tokenizer: Any
@@ -279,12 +259,12 @@ class Study:
         return blocks, cost
 
     def _walk(self, arm: Arm, seed: int, model: Any) -> Trained:
-        return walk_arm(model, read_log(self._stem(arm.like, seed).with_suffix(".zolog")), seed)
+        return walk_arm(model, read_log(self.folder.training(arm.like, seed, ".zolog")), seed)
 
     def _evaluate(self, label: str, seed: int | None, load: Callable[[], tuple[Any, Any]]) -> None:
         """Measure a model under all conditions; finished ones are kept."""
-        path = self._records_path(label, seed)
-        finished = read_records(path) if path.exists() else []
+        path = self.folder.records_path(label, seed)
+        finished = self.folder.records(label, seed)
         if len(finished) == len(self.config.evaluation.conditions()):
             return
         write_records(path, finished)  # without the torn line of a kill
@@ -301,147 +281,9 @@ class Study:
         del model, evaluation
         gc.collect()
 
-    def _report(self) -> dict[str, Path]:
-        """The records of all arms in one file, and the report on them."""
-        config = self.config
-        names = ["base", "aligned", "lr0", *(arm.name for arm in config.arms)]
-        titles = {name: TITLES.get(name, name) for name in names}
-        records: list[dict[str, Any]] = []
-        for name in names:
-            seeds = [None] if name in ("base", "aligned", "lr0") else config.seeds
-            records += [record for seed in seeds for record in self._records(name, seed)]
-        records = [{k: v for k, v in record.items() if k != "seconds"} for record in records]
-        write_records(self.directory / "evaluation.jsonl", records)
-        logs = {
-            f"{titles[arm.name]}, seed {config.seeds[0]}": read_records(
-                self._stem(arm.name, config.seeds[0]).with_suffix(".jsonl")
-            )
-            for arm in config.arms
-            if arm.kind != "walk"
-        }
-        if config.align is not None:
-            aligned = read_records(self._stem("aligned", None).with_suffix(".jsonl"))
-            logs = {"alignment (FO)": aligned} | logs
-        scores = None
-        if self.scores is not None:
-            scores = {"blocks": self.scores.rows(), "settings": self.scores.settings()}
-        return write_report(
-            self.directory,
-            records,
-            title=f"Study of {self.base.name}",
-            arms=titles,
-            training_logs=logs,
-            notes=self._notes(),
-            compare=self._pairs(),
-            costs=self._costs(),
-            scores=scores,
-        )
-
-    def _pairs(self) -> list[tuple[str, str]]:
-        """Every arm against the aligned model; zeroth-order arms against their controls."""
-        names = {arm.name: arm for arm in self.config.arms}
-        pairs = [("aligned", name) for name in names]
-        walks = [(a.name, a.like) for a in self.config.arms if a.kind == "walk"]
-        others = [("zo_random", "zo_robust"), ("fo_noise", "zo_full"), ("more_fo", "zo_full")]
-        return pairs + walks + [pair for pair in others if set(pair) <= names.keys()]
-
-    def _notes(self) -> list[str]:
-        config = self.config
-        alike = (
-            "as many forwards (a backward counts as two, scoring counts)"
-            if config.equal == "forwards"
-            else "as much time as full ZO"
-        )
-        notes = [
-            f"Every arm starts from the aligned model and has {alike}; training seeds "
-            f"{', '.join(map(str, config.seeds))}. Differences are paired over prompts, noise "
-            "draws and training seeds, and a difference that is not significant is no evidence of "
-            "none.",
-            f"The lr = 0 control took {CONTROL_STEPS} steps and is bit-identical to the aligned "
-            "model (by a fingerprint of all weights); its rows are the aligned model's."
-            if config.refine.mode != "mezo"
-            else "Mode mezo drifts: see the lr = 0 control.",
-        ]
-        if self.scores is not None:
-            chosen = ", ".join(map(str, self.scores.selected()))
-            notes.append(
-                f"Focused ZO moves blocks {chosen}, the most sensitive ones by the scores."
-            )
-        if config.model == "smollm2":
-            notes.append(
-                "SmolLM2's weights come from a Q4_1 file: its linears lie on a 4-bit grid of "
-                "blocks of 32, so the base model's quantised rows flatter it."
-            )
-        return notes
-
-    def _costs(self) -> list[dict[str, Any]]:
-        """Rows of the report's table: means over training seeds."""
-        rows = []
-        aligned = self._trained("aligned", None)
-        if aligned is not None:
-            row = _cost_row("Stage I: alignment (FO)", None, [aligned])
-            rows.append(row | {"first_order": True})
-        if self.scores is not None:
-            peak = json.loads((self.directory / "scoring.json").read_text("utf-8"))["peak_bytes"]
-            rows.append(
-                {
-                    "stage": "Stage II: scoring",
-                    "steps": self.scores.draws,
-                    "seconds": self.scores.seconds,
-                    "forwards": self.scores.forwards,
-                    "peak_bytes": peak,
-                    "model_bytes": None if aligned is None else aligned.model_bytes,
-                }
-            )
-        for arm in self.config.arms:
-            if arm.kind != "walk":
-                trained = [self._trained(arm.name, seed) for seed in self.config.seeds]
-                stage = "Stage III" if arm.kind == "zo" else "first-order steps"
-                rows.append(_cost_row(stage, TITLES.get(arm.name, arm.name), trained))
-        return rows
-
-    # Files
-
-    def _name(self, label: str, seed: int | None) -> str:
-        return label if seed is None else f"{label}-{seed}"
-
-    def _stem(self, label: str, seed: int | None) -> Path:
-        """Path of an arm's training files, without their ends."""
-        folder = self.directory / "training"
-        folder.mkdir(exist_ok=True)
-        return folder / self._name(label, seed)
-
-    def _records_path(self, label: str, seed: int | None) -> Path:
-        return self.directory / "records" / f"{self._name(label, seed)}.jsonl"
-
-    def _records(self, label: str, seed: int | None) -> list[dict[str, Any]]:
-        return read_records(self._records_path(label, seed))
-
-    def _done(self, label: str, seed: int | None, trained: Trained) -> None:
-        text = json.dumps(asdict(trained), indent=1) + "\n"
-        write_file(self._stem(label, seed).with_suffix(".json"), text)
-
-    def _trained(self, label: str, seed: int | None) -> Trained | None:
-        path = self._stem(label, seed).with_suffix(".json")
-        return Trained(**json.loads(path.read_text("utf-8"))) if path.exists() else None
-
     def _load(self, dtype: str | None = None) -> tuple[Any, Any]:
         return checkpoint.load(self.aligned, dtype=dtype or self.config.dtype)
 
     def _encoded(self, tokenizer: Any, config: Any) -> list[chat.Encoded]:
         length = getattr(config, "max_length", self.config.refine.max_length)
         return chat.encode(tokenizer, self.train, max_length=length)
-
-
-def _cost_row(stage: str, arm: str | None, trained: Sequence[Trained]) -> dict[str, Any]:
-    """What training took, on the mean over training seeds; the peak is the highest of them."""
-    count = len(trained)
-    return {
-        "stage": stage,
-        "arm": arm,
-        "steps": round(sum(t.steps for t in trained) / count),
-        "seconds": sum(t.seconds for t in trained) / count,
-        "forwards": sum(t.cost / t.per_step for t in trained) / count,
-        "peak_bytes": max(t.peak_bytes for t in trained),
-        "model_bytes": trained[0].model_bytes,
-    }

@@ -128,6 +128,8 @@ class ZORefiner:
                 encoded, held = held_out_part(encoded)
             else:
                 held = self._encoded(held_out)
+            if not held:
+                raise ValueError("held_out: expected examples for held_out_every, got none")
         watched = self._objective(held) if held else None
         known = self._known(Path(log)) if log is not None and resume else None
         with self._prefix or nullcontext():
