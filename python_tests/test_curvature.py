@@ -91,12 +91,42 @@ def test_measured_curvature_of_a_quadratic():
         assert found.rise_se == pytest.approx(EPS**2 / 2 * error, rel=4 / math.sqrt(400))
         slope = squared * unit**2
         assert abs(found.squared_slope - slope) < 4 * slope * math.sqrt(2 / 200)
-        assert found.learning_rate() == pytest.approx(1 / (3 * found.trace))
+        assert found.gradient_share == 1.0  # of one batch
+        assert found.stable_rate() == pytest.approx(1 / (3 * found.trace))
+        assert found.learning_rate(10**6) < found.stable_rate()
+        walk = 0.5 * EPS / math.sqrt(10**6 / 4 * found.squared_slope)
+        assert found.learning_rate(10**6, queries=4) == pytest.approx(walk)
         assert found.loss == loss() and found.draws == 200
     assert torch.equal(slot.tensor, before)
     # Of signs <v, H v> is the trace itself where H is diagonal.
     signs = measure_curvature(loss, [slot], [1.0], EPS, draws=3, seed=3, distribution="rademacher")
     assert signs.trace == pytest.approx(trace, rel=1e-4)
+
+
+def test_the_gradients_share_is_told_from_batches_along_the_same_noise():
+    """Batches with slopes g + n_j: q = |g|^2 / (|g|^2 + E|n|^2), here 1 / (1 + 3).
+
+    Over R draws of M batches the estimate of |g|^2 has a standard error below
+    sqrt(2 / R) (|g|^2 + E|n|^2 / M), and that of E s^2 below sqrt(2 / R) of it.
+    """
+    slot, loss, _, gradient = bowl(flat=True)
+    generator = torch.Generator().manual_seed(8)
+    batches, draws = 6, 400
+    noises = torch.randn(batches, len(gradient), generator=generator, dtype=torch.float64)
+    noises -= noises.mean(0)  # so that g is the mean of the batches' gradients
+    noises *= math.sqrt(3 * float(gradient.square().sum()) / float(noises.square().sum(1).mean()))
+
+    def losses():
+        w = slot.tensor.double()
+        return [loss() + float((row * w).sum().detach()) for row in noises]
+
+    found = measure_curvature(losses, [slot], [1.0], EPS, draws=draws, seed=2)
+    squared = float(gradient.square().sum())
+    error = 4 * math.sqrt(2 / draws)
+    assert abs(found.squared_slope / squared - 4) < 4 * error
+    # The spread of these few batches is taken for that of many: |g|^2 less 3 |g|^2 / (M - 1).
+    expected = (1 - 3 / (batches - 1)) / 4
+    assert abs(found.gradient_share - expected) < error * (1 + 3 / batches)
 
 
 def test_draws_are_addressed_apart_from_training():
@@ -126,15 +156,17 @@ def test_a_rate_is_told_only_from_what_is_significant():
     found = measure_curvature(loss, [slot], [1.0], EPS, draws=8, seed=0)
     assert abs(found.rise) < 1e-5
     with pytest.raises(ValueError, match=r"lr: expected noise that raises .* in 8 draws; give a"):
-        found.learning_rate()
+        found.stable_rate()
     slot, loss, _, _ = bowl()
     with pytest.raises(ValueError, match="lr: expected noise that raises the loss"):
-        measure_curvature(lambda: -loss(), [slot], [1.0], EPS, draws=8, seed=0).learning_rate()
+        measure_curvature(lambda: -loss(), [slot], [1.0], EPS, draws=8, seed=0).stable_rate()
     for draws, eps in ((1, EPS), (2, 0.0), (2, -1.0), (2, math.nan)):
         with pytest.raises(ValueError, match=f"at least 2 draws and eps above 0, got {draws}"):
             measure_curvature(loss, [slot], [1.0], eps, draws=draws, seed=0)
     losses = iter([1.0, 1.0, 1.0, 2.0, math.nan])
-    with pytest.raises(FloatingPointError, match=r"calibration draw 1: .* got 1.0, 2.0, nan"):
+    with pytest.raises(
+        FloatingPointError, match=r"calibration draw 1: .* got \[1.0\], \[2.0\], \[nan\]"
+    ):
         measure_curvature(lambda: (loss(), next(losses))[1], [slot], [1.0], EPS, draws=2, seed=0)
 
 
@@ -144,7 +176,7 @@ def test_the_rate_is_stable_and_twelve_times_it_is_not():
         slot, loss, curvature, gradient = bowl()
         above = 0.5 * float((gradient.square() / curvature).sum())
         least = loss() - above
-        rate = measure_curvature(loss, [slot], [1.0], EPS, draws=64, seed=1).learning_rate()
+        rate = measure_curvature(loss, [slot], [1.0], EPS, draws=64, seed=1).stable_rate()
         optimizer = zk.ZOSGD([("w", slot.tensor)], lr=factor * rate, eps=EPS, seed=1)
         for _ in range(150):
             optimizer.step(loss)
@@ -176,7 +208,7 @@ def refined(eps, steps=160, queries=8, seed=0):
     """tr(H) before and after, and the lengths of the steps."""
     valley = Valley()
     before = valley.trace()
-    assert float(valley.loss()) == 0.0
+    assert float(valley.loss().detach()) == 0.0
     optimizer = zk.ZOSGD(valley.named, lr=6e-3, eps=eps, queries=queries, seed=seed)
     lengths = []
     for _ in range(steps):

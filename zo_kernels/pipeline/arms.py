@@ -21,7 +21,7 @@ from zo_kernels.refine import checkpoint
 from zo_kernels.refine.align import AlignConfig, align
 from zo_kernels.refine.config import RefineConfig, first_block, select_parameters
 from zo_kernels.refine.records import MetricsLog, logged_records, write_records
-from zo_kernels.refine.refiner import ZORefiner
+from zo_kernels.refine.refiner import CALIBRATION_BATCHES, ZORefiner
 from zo_kernels.refine.scores import Scores
 from zo_kernels.replay import Log, read_log
 
@@ -101,7 +101,7 @@ def refine_arm(
         config=asdict(config),
         steps=len(taken),
         seconds=taken[-1]["seconds"],
-        cost=len(taken) * refine_cost(model, config),
+        cost=len(taken) * refine_cost(model, config) + calibration_cost(config),
         per_step=config.batch_size * config.accumulation,
         peak_bytes=memory.peak - memory.before,
         model_bytes=_bytes(model),
@@ -219,6 +219,14 @@ def refine_cost(model: Any, config: RefineConfig) -> float:
     shared = first_block(model, names) / blocks if config.reuse_prefix else 0.0
     losses = 2 * config.queries + (1 / config.curvature_every if config.curvature_every else 0.0)
     return (shared + losses * (1 - shared)) * config.batch_size * config.accumulation
+
+
+def calibration_cost(config: RefineConfig) -> float:
+    """Forwards of one example that telling the learning rate takes."""
+    if config.lr != "auto":
+        return 0.0
+    examples = CALIBRATION_BATCHES * config.batch_size * config.accumulation
+    return float((1 + 2 * config.calibration_draws) * examples)
 
 
 def _bytes(model: Any) -> int:

@@ -26,6 +26,7 @@ from zo_kernels.pipeline.arms import (
     BACKWARD,
     Trained,
     align_arm,
+    calibration_cost,
     refine_arm,
     refine_cost,
     replayed_fingerprint,
@@ -221,7 +222,7 @@ class Study:
             layers, selection = self._blocks(arm, seed, model, tokenizer)
             config = self.config.refinement(arm, seed, 1, layers)
             per_step = refine_cost(model, config)
-            left = max(cost - selection, per_step)
+            left = max(cost - selection - calibration_cost(config), per_step)
             steps = _FOREVER if seconds is not None else max(1, round(left / per_step))
             config = replace(config, steps=steps, seconds=seconds)
             encoded = self._encoded(tokenizer, config)

@@ -29,8 +29,9 @@ class RefineConfig:
         batch_size: examples per forward.
         accumulation: forwards whose batches make one loss evaluation.
         lr: learning rate; with ``relative_eps`` in units of each tensor's standard deviation.
-            "auto": a third of 1 / tr(H), with the trace measured before the first step.
-        calibration_draws: noise draws behind that trace.
+            "auto": told from the curvature and the batches' noise, measured before the first step
+            (``curvature.Curvature``).
+        calibration_draws: noise draws that it is told from.
         eps: perturbation scale, a number; or "match:0.1", the scale of weight noise of 0.1 standard
             deviations, "match:abs:0.002" of absolute noise: at the scale of the noise to be
             survived, as at eps much below it a converged loss tells nothing of robustness.

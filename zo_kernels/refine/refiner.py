@@ -32,6 +32,9 @@ from zo_kernels.replay import Log, read_log, replay_
 from zo_kernels.robustness.conditions import parse_scheme
 from zo_kernels.views import quantized
 
+CALIBRATION_BATCHES = 4
+"""Batches of a step's size that a learning rate is told from."""
+
 
 class ZORefiner:
     """Refines a model in place on the loss of completions.
@@ -258,9 +261,26 @@ class ZORefiner:
         streams = model_streams(self.model)
         slots = [Slot(name, p, streams[name]) for name, p in self.parameters.items()]
         units = [standard_deviation(slot.tensor) if relative else 1.0 for slot in slots]
-        size = config.batch_size * config.accumulation
+        batches = batch_stream(
+            encoded,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            pad_id=pad_id(self.tokenizer),
+            device=next(self.model.parameters()).device,
+            start=config.first_batch,
+        )
+        # The batches of the first steps, without their prefix: all of them are at hand at once.
+        steps = [
+            Objective(
+                self.model,
+                [next(batches) for _ in range(config.accumulation)],
+                view=self._view,
+            )
+            for _ in range(CALIBRATION_BATCHES)
+        ]
+        started = time.perf_counter()
         self.curvature = measure_curvature(
-            self._objective(encoded[: max(size, 32)]),
+            lambda: [step() for step in steps],
             slots,
             units,
             eps,
@@ -268,7 +288,12 @@ class ZORefiner:
             seed=config.seed,
             distribution=config.distribution,
         )
-        self._set_rate(self.curvature.learning_rate())
+        count = config.steps
+        if config.seconds is not None:  # what ends first
+            losses = (2 * config.calibration_draws + 1) * CALIBRATION_BATCHES
+            of_a_loss = (time.perf_counter() - started) / losses
+            count = min(count, math.ceil(config.seconds / (2 * config.queries * of_a_loss)))
+        self._set_rate(self.curvature.learning_rate(count, config.queries))
 
     def _warm_start(self, scores: Scores) -> None:
         """Let the slopes that the scoring has measured join the first step.
