@@ -89,8 +89,9 @@ def parse_bytes(text: str) -> int:
 
 def _plan(options: argparse.Namespace) -> None:
     from zo_kernels.pipeline import plan as planner
+    from zo_kernels.pipeline.workload import Workload
 
-    names = [field.name for field in fields(planner.Workload)]
+    names = [field.name for field in fields(Workload)]
     workload = {name: getattr(options, name) for name in names}
     if workload["layers"] is not None:
         workload["layers"] = tuple(workload["layers"])

@@ -88,19 +88,17 @@ class Work:
 
 def forward_peak(shape: ModelShape, work: Work, *, dual: bool = False) -> int:
     """Bytes of activations at the peak of one forward without gradients; of two in step."""
-    widest = max(_block_peak(shape, block, work) for block in shape.blocks.values())
-    if dual:
-        widest += max(
-            work.tokens * work.output_bytes * (4 * block.hidden + block.inner)
-            for block in shape.blocks.values()
-        )
-    hidden = max(block.hidden for block in shape.blocks.values())
-    last = work.weight_bytes * hidden * (work.tokens + work.positions)
+    blocks = list(shape.blocks.values())
+    hidden = max(block.hidden for block in blocks)
     logits = work.positions * shape.vocabulary
-    head = last + logits * work.output_bytes + (last if dual else 0)
     in_float32 = 4 if work.output_bytes < 4 else 0
-    loss = logits * (work.output_bytes + in_float32 + 4) + (last if dual else 0)
-    return max(widest, head, loss)
+    peak = max(
+        *(_block_peak(shape, block, work) for block in blocks),
+        work.weight_bytes * hidden * (work.tokens + work.positions) + logits * work.output_bytes,
+        logits * (work.output_bytes + in_float32 + 4),
+    )
+    waiting = max(4 * block.hidden + block.inner for block in blocks)
+    return peak + (work.tokens * work.output_bytes * waiting if dual else 0)
 
 
 def _block_peak(shape: ModelShape, block: BlockShape, work: Work) -> int:

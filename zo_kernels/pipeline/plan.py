@@ -10,7 +10,6 @@ to 1 GB, of which torch reports next to nothing): leave so much of a budget free
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,12 +20,11 @@ from torch import nn
 
 from zo_kernels import ops
 from zo_kernels.modes import MODES
-from zo_kernels.noise import DISTRIBUTIONS
 from zo_kernels.pipeline.footprint import Work, backward_peak, forward_peak
 from zo_kernels.pipeline.shapes import ModelShape, largest_read, read_shape, selected
 from zo_kernels.pipeline.traffic import traffic
+from zo_kernels.pipeline.workload import Workload
 from zo_kernels.refine.checkpoint import DTYPES, fast_dtype
-from zo_kernels.robustness.conditions import parse_scheme
 
 FIRST_ORDER = ("align-sgd", "align-adamw", "align-noise", "dpo")
 """Training by gradients: plain SGD, AdamW, AdamW at noisy weights, AdamW on pairs of answers."""
@@ -36,64 +34,6 @@ PREFERENCE_FLOAT32 = ("dual", "streamed", "inplace")
 """The same for float32 weights, which neither masters nor residuals make more exact."""
 _SAMPLE = 1 << 18  # weights on which the exceptions of "inplace" are counted
 _MOMENTS, _PIECE = 16, 1 << 22  # bytes per element, elements at a time: ``zo_kernels.moments``
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What a run does; see ``RefineConfig`` for options of the same name.
-
-    Attributes:
-        dtype: of the weights: "auto" (float32 for first-order training, else ``fast_dtype``),
-            "float32", "bfloat16" or "float16".
-        device: "cuda" or "cpu".
-        batch_size: sequences in one forward; for "dpo" pairs, of two sequences each.
-        length: tokens of the longest.
-        completion: positions from the first completion token of a batch to its end; None: all but
-            one.
-        micro_batches: forwards per evaluation, one after the other.
-        queries: directions per step.
-        eps: perturbation in units of each tensor's standard deviation; of "align-noise" the noise.
-        distribution: of the directions.
-        parameters: what is refined. First-order training takes all parameters.
-        layers: only these decoder blocks; None: all.
-        quantized: scheme of the grid on which the loss sees the blocks' linears, as
-            ``zk.quantized`` does; None: none.
-    """
-
-    dtype: str = "auto"
-    device: str = "cuda"
-    batch_size: int = 8
-    length: int = 512
-    completion: int | None = None
-    micro_batches: int = 1
-    queries: int = 1
-    eps: float = 0.1
-    distribution: str = "normal"
-    parameters: str = "linear"
-    layers: tuple[int, ...] | None = None
-    quantized: str | None = None
-
-    def check(self) -> None:
-        """Raise ValueError naming the first option out of range."""
-        for name, low in (("batch_size", 1), ("length", 2), ("micro_batches", 1), ("queries", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
-        if self.completion is not None and not 1 <= self.completion < self.length:
-            raise ValueError(
-                f"completion: expected 1 to {self.length - 1}, less than length, got "
-                f"{self.completion}"
-            )
-        for name, known in (
-            ("dtype", ("auto", *DTYPES)),
-            ("device", ("cuda", "cpu")),
-            ("distribution", DISTRIBUTIONS),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
-        if not (math.isfinite(self.eps) and self.eps >= 0):
-            raise ValueError(f"eps: expected a finite number of at least 0, got {self.eps}")
-        if self.quantized is not None:
-            parse_scheme(self.quantized)
 
 
 @dataclass(frozen=True)
@@ -294,7 +234,7 @@ def _refine(shape: ModelShape, mode: str, work: Workload) -> Plan:
         "float32 masters": 4 * count if mode == "master" else 0,
         "residuals": count if mode == "master8" and dtype.itemsize == 2 else 0,
         "exceptions to one rounding": exceptions,
-        "perturbed copy of the largest leaf": copies * read,
+        "changed copy of the largest leaf": copies * read,
         "hidden states before the first selected block": _prefix(shape, chosen, work, dtype),
         # Between two evaluations there are no activations, but both points' exceptions.
         "activations": max(forward, exceptions),
