@@ -176,7 +176,7 @@ def refined(eps, steps=160, queries=8, seed=0):
     """tr(H) before and after, and the lengths of the steps."""
     valley = Valley()
     before = valley.trace()
-    assert float(valley.loss()) == 0.0
+    assert float(valley.loss().detach()) == 0.0
     optimizer = zk.ZOSGD(valley.named, lr=6e-3, eps=eps, queries=queries, seed=seed)
     lengths = []
     for _ in range(steps):
