@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from tiny_models import (
     tiny_model,
     tiny_tokenizer,
 )
+from tiny_refiner import logged, refiner, untimed
 
 import zo_kernels as zk
 from zo_kernels import chat, noise
@@ -25,38 +25,13 @@ from zo_kernels.modes import Slot
 from zo_kernels.moments import standard_deviation
 from zo_kernels.refine.config import RefineConfig, first_block, select_parameters
 from zo_kernels.refine.curvature import measure_curvature
-from zo_kernels.refine.held_out import EarlyStop, noisy_loss
+from zo_kernels.refine.held_out import noisy_loss
 from zo_kernels.refine.objective import Objective, fixed_batches
-from zo_kernels.refine.refiner import ZORefiner
 from zo_kernels.refine.scores import ScoreConfig
 from zo_kernels.refine.scoring import score
 from zo_kernels.replay import LogWriter, read_log, replay_
 
 HELD_OUT = EXAMPLES[1:3]
-STOP = {
-    "steps": 16, "batch_size": 2, "lr": 100.0, "eps": 0.3, "held_out_every": 2,
-    "held_out_draws": 2, "held_out_noise": 0.05, "patience": 2, "layers": (1,),
-}  # fmt: skip
-
-
-def refiner(model=None, **options):
-    model = tiny_model("llama") if model is None else model
-    return ZORefiner(model, tiny_tokenizer(), RefineConfig(**options))
-
-
-def untimed(records):
-    """Records to compare by repr, which tells every bit of a number and holds NaN equal.
-
-    Without the time, and the moments of the gradients that this process has seen.
-    """
-    left = ("seconds", "gradient_mean", "gradient_std")
-    return [repr({k: v for k, v in record.items() if k not in left}) for record in records]
-
-
-def logged(path):
-    """What a log holds but for the time at which it was begun."""
-    log = read_log(path)
-    return log.steps.tobytes(), log.marks, log.torn, replace(log.header, created=None)
 
 
 def loss_of(model, examples=EXAMPLES, size=4):
@@ -221,120 +196,6 @@ def test_the_held_out_loss_is_under_noise_on_all_linear_weights():
         assert torch.equal(copy, found)
 
 
-def stopped(path, model=None, **options):
-    """A run that early stopping ended, its records and its log."""
-    run = refiner(tiny_model("llama", torch.bfloat16) if model is None else model,
-                  **{**STOP, **options})  # fmt: skip
-    return run, run.run(EXAMPLES, held_out=HELD_OUT, log=path)
-
-
-@pytest.mark.parametrize("mode", ["streamed", "dual", "inplace", "master", "master8"])
-def test_early_stopping_goes_back_to_the_best(mode, tmp_path):
-    """The weights of the least held-out loss, and a log that replays to exactly these."""
-    path = tmp_path / "log"
-    run, records = stopped(path, mode=mode)
-    losses = {r["step"] + 1: r["held_out_loss"] for r in records if "held_out_loss" in r}
-    best = min(losses, key=losses.get)
-    assert run.early_stop.losses == list(losses.items())
-    assert (run.early_stop.steps, run.early_stop.best) == (best, losses[best])
-    assert len(records) == best + 2 * STOP["patience"] < STOP["steps"], losses
-    log = read_log(path)
-    assert len(log.steps) == best and [mark.steps for mark in log.marks] == [best]
-    model = tiny_model("llama", torch.bfloat16)
-    replay_(dict(model.named_parameters()), log)
-    assert same_bits(run.model, bits(model))
-    # And a run of just so many steps.
-    plain = refiner(tiny_model("llama", torch.bfloat16),
-                    **{**STOP, "mode": mode, "steps": best, "patience": 0})  # fmt: skip
-    plain.run(EXAMPLES, held_out=HELD_OUT)
-    assert same_bits(plain.model, bits(run.model))
-
-
-def test_a_run_whose_last_weights_are_the_best_keeps_them(tmp_path):
-    run, records = stopped(tmp_path / "log", steps=2)
-    assert len(records) == 2 == run.early_stop.steps
-    assert len(read_log(tmp_path / "log").steps) == 2
-
-
-def test_losses_that_are_not_finite_are_never_the_best(tmp_path, monkeypatch):
-    """Nothing to go back to: the weights and the log stay as they are, and replay gives them."""
-    monkeypatch.setattr("zo_kernels.refine.refiner.noisy_loss", lambda *_, **__: math.nan)
-    run, records = stopped(tmp_path / "log")
-    assert len(records) == 2 * STOP["patience"]
-    log = read_log(tmp_path / "log")
-    assert len(log.steps) == len(records)
-    model = tiny_model("llama", torch.bfloat16)
-    replay_(dict(model.named_parameters()), log)
-    assert same_bits(run.model, bits(model))
-
-
-class Killed(BaseException):
-    pass
-
-
-def killed(path, after, written, **options):
-    """A run that is killed after a step, before or after its record is written; the records."""
-    records = []
-
-    def on_step(record):
-        if record["step"] == after and not written:
-            raise Killed
-        records.append(json.loads(json.dumps({**record, "seconds": 0.0})))
-        if record["step"] == after:
-            raise Killed
-
-    run = refiner(tiny_model("llama", torch.bfloat16), **{**STOP, **options})
-    with pytest.raises(Killed):
-        run.run(EXAMPLES, held_out=HELD_OUT, log=path, on_step=on_step)
-    return records
-
-
-@pytest.mark.parametrize("written", [True, False], ids=["written", "unwritten"])
-@pytest.mark.parametrize("mode", ["streamed", "master"])
-def test_early_stopping_that_is_resumed(mode, written, tmp_path):
-    """Killed after any step, with or without its record, the run ends with the same bits.
-
-    The last step too: what it decided is not decided anew, and no further one is taken.
-    """
-    options = {"mode": mode, "curvature_every": 3}
-    run, records = stopped(tmp_path / "whole", **options)
-    assert STOP["patience"] * 2 < len(records) < STOP["steps"]
-    every = 1 if mode == "streamed" else 4
-    for after in range(len(records) - 1, -1, -every):
-        path = tmp_path / f"{after}"
-        earlier = killed(path, after, written, **options)
-        assert len(earlier) == after + written
-        again = refiner(tiny_model("llama", torch.bfloat16), **{**STOP, **options})
-        rest = again.run(EXAMPLES, held_out=HELD_OUT, log=path, resume=True, earlier=earlier)
-        assert same_bits(again.model, bits(run.model)), after
-        assert again.early_stop.losses == run.early_stop.losses
-        assert untimed(rest) == untimed(records[after + 1 :])
-        assert logged(path) == logged(tmp_path / "whole")
-    path = tmp_path / "other"
-    earlier = killed(path, 4, True, **options)
-    again = refiner(tiny_model("llama", torch.bfloat16), **{**STOP, **options})
-    with pytest.raises(ValueError, match="earlier: expected the held-out loss after 2 steps"):
-        again.run(EXAMPLES, held_out=HELD_OUT, log=path, resume=True, earlier=earlier[2:])
-    assert same_bits(again.model, bits(tiny_model("llama", torch.bfloat16)))
-
-
-def test_early_stop_by_itself():
-    """The patience counts measurements without a new best; null losses are of no number."""
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    stop = EarlyStop({"w": parameter}, patience=2)
-    for steps, loss in enumerate([3.0, 2.0, 2.0, math.nan], 1):
-        assert not stop.over
-        parameter.data.fill_(steps)
-        stop.note(steps, loss)
-    assert stop.over and (stop.best, stop.steps) == (2.0, 2)
-    stop.restore()
-    assert parameter.tolist() == [2.0, 2.0]
-    stop.note(5, 1.0, {"w": torch.full((2,), 7.0)})
-    assert not stop.over
-    stop.restore()
-    assert parameter.tolist() == [7.0, 7.0]
-
-
 def test_layers_confine():
     """What is moved, whatever the pattern; and where forwards can begin."""
     model = tiny_model("llama", layers=3)
@@ -367,9 +228,9 @@ def test_the_cosine_schedule_over_the_steps(tmp_path):
 
     def stop(record):
         if record["step"] == 2:
-            raise Killed
+            raise KeyboardInterrupt
 
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         refiner(**options).run(EXAMPLES, log=tmp_path / "part", on_step=stop)
     with pytest.raises(ValueError, match=r"steps: expected 5 as in .*, got 6"):
         refiner(**{**options, "steps": 6}).run(EXAMPLES, log=tmp_path / "part", resume=True)

@@ -82,7 +82,7 @@ def test_magnitude_is_the_mean_of_absolute_weights(dtype):
         blocks[0].mlp.gate_proj.weight.copy_(blocks[1].mlp.gate_proj.weight[:4])
         model.to(dtype)
     weights = linear_weights(model)
-    sums = by_block(model, {n: float(w.double().abs().sum()) for n, w in weights.items()})
+    sums = by_block(model, {n: float(w.detach().double().abs().sum()) for n, w in weights.items()})
     sizes = by_block(model, {n: w.numel() for n, w in weights.items()})
     means = [total / size for total, size in zip(sums, sizes, strict=True)]
     for count in range(1, LAYERS + 1):

@@ -77,7 +77,7 @@ def detached(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_the_weights_are_those_by_hand_whatever_way_they_are_come_by(mode, dtype, skip, tmp_path):
-    """Optimizer, combine_, replay in parts, a resumed run from every step; a skipped step waits."""
+    """Optimizer, combine_, replay in parts, a resumed run; a skipped step postpones it."""
     path = tmp_path / "run.zolog"
     model, optimizer, closure = make(mode, dtype, skip=skip)
     base, first = detached(model), len(skip)
@@ -91,9 +91,9 @@ def test_the_weights_are_those_by_hand_whatever_way_they_are_come_by(mode, dtype
     assert log.header.warm_start == WarmStart(
         tuple(DIRECTIONS), {n: tuple(map(float, s)) for n, s in scales_of(model).items()}
     )
-    for stop, weights in enumerate(after, 1):
+    for stop in (first + 1, 4):
         expected = by_hand(base, log, stop)
-        for name, tensor in weights.items():
+        for name, tensor in after[stop - 1].items():
             assert_same(tensor, expected[name])
     for weights in after[:first]:
         assert all(torch.equal(weights[name], base[name]) for name in base)
@@ -111,7 +111,7 @@ def test_the_weights_are_those_by_hand_whatever_way_they_are_come_by(mode, dtype
             start = stop
         assert all(torch.equal(found[name], after[-1][name]) for name in base)
 
-    for stop in range(4):
+    for stop in sorted({0, first, first + 1}):
         model, optimizer, closure = make(mode, dtype, warm=False, skip=skip)
         part = write_prefix(path, tmp_path / f"{stop}.zolog", stop)
         assert optimizer.resume_log(part) == stop
