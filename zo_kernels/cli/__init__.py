@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from zo_kernels.cli import compare, evaluate, plan, replay, score, study, train
-from zo_kernels.cli.options import examples_of
-from zo_kernels.cli.show import print_report
 
 EXPECTED_ERRORS = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, ImportError)
 
@@ -52,15 +50,6 @@ def build_parser() -> argparse.ArgumentParser:
     replay.add_commands(commands, _command)
     study.add_commands(commands, _command)
     plan.add_commands(commands, _command)
-
-    command = _command(commands, "demo", _demo, "base -> aligned -> refined, with its controls")
-    command.add_argument("--model", type=Path, help="Hugging Face directory (default: SmolLM2)")
-    command.add_argument("--data", type=Path, help="JSON lines: prompt, completion, kind")
-    command.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the run")
-    command.add_argument("--minutes", type=float, default=14.0, help="wall time to aim for")
-    command.add_argument("--eps", type=float, default=0.1, help="scale of the noise to survive")
-    command.add_argument("--lr", type=float, default=1e-3, help="refinement learning rate")
-    command.add_argument("--seed", type=int, default=0)
 
     command = _command(commands, "doctor", _doctor, "what this machine has, and whether it works")
     command.add_argument("--json", action="store_true", help="machine-readable")
@@ -113,38 +102,6 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
     )
     command.set_defaults(run=run, command_parser=command)
     return command
-
-
-def _demo(options: argparse.Namespace) -> None:
-    from dataclasses import replace
-
-    from rich.console import Console
-
-    from zo_kernels.pipeline.demo import ARMS, Demo, DemoConfig
-    from zo_kernels.pipeline.smollm2 import prepare
-    from zo_kernels.refine.records import read_records
-
-    console = Console(stderr=True, highlight=False)
-    notes = []
-    if options.model is None:
-        model = prepare(progress=console.print)
-        notes.append(
-            "SmolLM2's weights come from a Q4_1 file: its linears lie on a 4-bit grid of blocks "
-            "of 32, so the base model's int8 and int4 rows flatter it."
-        )
-    else:
-        model = options.model
-    if options.minutes <= 0:
-        raise ValueError(f"minutes: expected a positive number, got {options.minutes}")
-    config = DemoConfig(minutes=options.minutes)
-    config = replace(
-        config,
-        align=replace(config.align, seed=options.seed),
-        refine=replace(config.refine, eps=options.eps, lr=options.lr, seed=options.seed),
-    )
-    demo = Demo(options.out, model, examples_of(options, "all"), config, console.print, notes)
-    files = demo.run()
-    print_report(files, read_records(options.out / "evaluation.jsonl"), ARMS)
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -50,11 +50,11 @@ def add_options(
 def _item_type(annotation: str) -> Callable[[str], Any]:
     """What turns an option's text into a value of a field's type."""
     if "float" in annotation:
-        return _number_or_word if "str" in annotation else float
+        return number_or_word if "str" in annotation else float
     return int if "int" in annotation else str
 
 
-def _number_or_word(text: str) -> float | str:
+def number_or_word(text: str) -> float | str:
     """A number if the text is one, else the text, such as "auto"."""
     try:
         return float(text)

@@ -1,4 +1,4 @@
-"""The command that runs a study: run."""
+"""The commands that run studies: run and demo."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from zo_kernels.cli.options import number_or_word
 from zo_kernels.cli.show import print_report
 
 
 def add_commands(commands: Any, make: Any) -> None:
-    """Add it to the parser.
+    """Add them to the parser.
 
     Args:
         commands: what ``add_subparsers`` gave.
@@ -26,15 +27,22 @@ def add_commands(commands: Any, make: Any) -> None:
         "--seeds", type=int, nargs="+", help="training seeds, instead of the file's"
     )
 
+    command = make(commands, "demo", _demo, "a quarter of an hour's study of a small real model")
+    command.add_argument("--model", type=Path, help="Hugging Face directory (default: SmolLM2)")
+    command.add_argument("--data", type=Path, help="JSON lines: prompt, completion, kind")
+    command.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the study")
+    command.add_argument("--minutes", type=float, default=14.0, help="wall time to aim for")
+    command.add_argument("--eps", type=float, default=0.1, help="scale of the noise to survive")
+    command.add_argument(
+        "--lr", type=number_or_word, default=1e-3, help="refinement learning rate, or auto"
+    )
+    command.add_argument("--seed", type=int, default=0, help="training seed")
+
 
 def _run(options: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from rich.console import Console
-
-    from zo_kernels.pipeline.study import Study
-    from zo_kernels.pipeline.study_config import TITLES, read_study
-    from zo_kernels.refine.records import read_records
+    from zo_kernels.pipeline.study_config import read_study
 
     config = read_study(options.config)
     given = {name: getattr(options, name) for name in ("model", "data", "text")}
@@ -43,10 +51,24 @@ def _run(options: argparse.Namespace) -> None:
         changes["threads"] = options.threads
     if options.seeds is not None:
         changes["seeds"] = tuple(options.seeds)
-    config = replace(config, **changes)
-    out = options.out or Path("runs") / options.config.stem
-    console = Console(stderr=True, highlight=False)
-    files = Study(config, out, console.print).run()
+    _study(replace(config, **changes), options.out or Path("runs") / options.config.stem)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from zo_kernels.pipeline.demo import demo_config
+
+    names = ("model", "data", "minutes", "eps", "lr", "seed")
+    _study(demo_config(**{name: getattr(options, name) for name in names}), options.out)
+
+
+def _study(config: Any, out: Path) -> None:
+    from rich.console import Console
+
+    from zo_kernels.pipeline.study import Study
+    from zo_kernels.pipeline.study_config import TITLES
+    from zo_kernels.refine.records import read_records
+
+    files = Study(config, out, Console(stderr=True, highlight=False).print).run()
     records = read_records(out / "evaluation.jsonl")
     labels = dict.fromkeys(record["label"] for record in records)
     print_report(files, records, {label: TITLES.get(label, label) for label in labels})

@@ -71,6 +71,11 @@ class Study:
         self.text = (
             Path(config.text).read_text("utf-8") if config.text else chat.builtin_utility_text()
         )
+        if not self.train or not self.held_out:
+            raise ValueError(
+                f"data: expected examples to train on and some held out, got {len(self.train)} and "
+                f"{len(self.held_out)}"
+            )
         self.scores: Scores | None = None
 
     def run(self) -> dict[str, Path]:
