@@ -1,4 +1,4 @@
-"""The main job in a quarter of an hour: a small study of SmolLM2-135M-Instruct, or of your model."""
+"""The main job in a quarter of an hour: a small study of SmolLM2-135M-Instruct, or your model."""
 
 from __future__ import annotations
 
