@@ -187,8 +187,8 @@ std::shared_ptr<zo::Store> swap(
   return kept;
 }
 
-// What a format is: top value, stored mantissa bits, exponent of the least normal value, and whether
-// scales are powers of two.
+// What a format is: top value, stored mantissa bits, exponent of the least normal value, and
+// whether scales are powers of two.
 using Format = std::tuple<int, float, int, int, bool>;
 
 // No dst: finds the ends of the groups, into lows and highs if there are any.
@@ -226,16 +226,15 @@ std::pair<float, float> fake_quant(const std::string& isa, uint64_t dst, uint64_
   return {ends.low, ends.high};
 }
 
-// dst = src + scale * z, quantised, or with lows and highs the ends of its groups beside it; returns
-// those of all.
+// dst = src + scale * z, quantised, or with lows and highs the ends of its groups beside it;
+// returns those of all.
 std::pair<float, float> perturb_quant(const std::string& isa, uint64_t dst, uint64_t src,
                                       uint64_t groups, uint64_t group, uint64_t offset,
                                       uint32_t stream, uint32_t direction, double scale,
                                       uint64_t seed, int dtype, int distribution,
                                       const Format& format, uint64_t lows, uint64_t highs,
                                       int threads) {
-  const zo::QuantJob quant =
-      quant_job(lows ? 0 : dst, dst, groups, group, format, 0, lows, highs);
+  const zo::QuantJob quant = quant_job(lows ? 0 : dst, dst, groups, group, format, 0, lows, highs);
   const zo::QuantKernel kernel = quant_kernel(isa, dtype, format);
   Job job = job_of(dst, groups * group, offset, seed, stream);
   const float factor = as_floats({scale})[0];

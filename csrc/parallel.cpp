@@ -13,7 +13,7 @@ namespace {
 constexpr int STATISTICS = 3;  // of Job::changes
 // Elements that are perturbed and then quantised while the first- or second-level cache has them:
 // a multiple of what a pass over Rademacher signs draws at once.
-constexpr uint64_t BLOCK = 4096;
+constexpr uint64_t BLOCK = 16384;
 
 // The task on elements at .. end - 1 of the full parameter, or fewer: up to a multiple of PIECE.
 Task piece_of(const Task& task, uint64_t at, uint64_t end) {
