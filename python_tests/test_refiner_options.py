@@ -320,8 +320,10 @@ def test_bad_options_are_named(options, message):
 
 
 def test_what_a_run_lacks_is_named(tmp_path):
-    for examples in (None, []):
-        with pytest.raises(ValueError, match="held_out: expected examples for held_out_every, got"):
+    too_few = "held_out: expected at least 8 examples of a kind"
+    none = "held_out: expected examples for held_out_every, got none"
+    for examples, message in ((None, too_few), ([], none)):
+        with pytest.raises(ValueError, match=message):
             refiner(held_out_every=1).run(EXAMPLES, held_out=examples)
     options = {"steps": 2, "layers": (1,), "curvature_every": 1}
     refiner(**options).run(EXAMPLES, log=tmp_path / "log")
