@@ -12,7 +12,7 @@ from torch import nn
 
 import zo_kernels as zk
 from zo_kernels.blocks import linear_weights
-from zo_kernels.modes.streamed import untouched
+from zo_kernels.modes.reads import untouched
 from zo_kernels.noise import EVAL_WEIGHT_NOISE, model_streams
 from zo_kernels.views import noise_std
 

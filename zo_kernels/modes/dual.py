@@ -17,12 +17,8 @@ import torch
 from torch import Tensor
 
 from zo_kernels.modes.base import Closure, Slot, loss_value
-from zo_kernels.modes.streamed import (
-    Part,
-    Scratch,
-    StreamedMode,
-    StreamedWeights,
-)
+from zo_kernels.modes.reads import Part, Scratch
+from zo_kernels.modes.streamed import StreamedMode, StreamedWeights
 from zo_kernels.places import places
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from zo_kernels.blocks import decoder_blocks, is_conv1d, linear_layers
 from zo_kernels.refine.refiner import select_parameters
 
-_ALIGNMENT = 64  # bytes, between two copies in one scratch: as ``modes.streamed.Scratch``
+_ALIGNMENT = 64  # bytes, between two copies in one scratch: as ``modes.reads.Scratch``
 _COMPOSED = ("gelu_new", "gelu_fast", "gelu_accurate")  # of many torch functions, not of one
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from zo_kernels import ops
 from zo_kernels.checks import check_tensor
 from zo_kernels.modes.base import Slot, uninterrupted
-from zo_kernels.modes.streamed import StreamedWeights, untouched
+from zo_kernels.modes.reads import untouched
+from zo_kernels.modes.streamed import StreamedWeights
 from zo_kernels.moments import standard_deviation
 from zo_kernels.noise import EVAL_WEIGHT_NOISE, RESERVED_RANGE, model_streams
 from zo_kernels.views.selection import Selection, expect_outermost, expect_used, select

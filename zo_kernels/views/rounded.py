@@ -13,7 +13,7 @@ from zo_kernels import ops
 from zo_kernels.blocks import is_conv1d
 from zo_kernels.checks import check_tensor
 from zo_kernels.modes.base import uninterrupted
-from zo_kernels.modes.streamed import Part, Perturbation, StreamedReads, untouched
+from zo_kernels.modes.reads import Part, Perturbation, StreamedReads, untouched
 from zo_kernels.ops.quant_arguments import check_format, group_of
 from zo_kernels.quantize import fake_quant
 from zo_kernels.views.selection import Selection, expect_outermost, expect_used, select

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from zo_kernels.blocks import linear_weights
-from zo_kernels.modes.streamed import StreamedReads
+from zo_kernels.modes.reads import StreamedReads
 
 #: What to change: parameters by name, or patterns of names; None for ``linear_weights``.
 Selection = Mapping[str, Tensor] | str | Sequence[str] | None

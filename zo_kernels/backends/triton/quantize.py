@@ -232,6 +232,12 @@ def spread_kernel(
 
 
 def format_constants(scheme: str, symmetric: bool, given: bool = False) -> dict[str, Any]:
+    """The constants of a kernel that rounds to a format (see zo_kernels/formats.py).
+
+    Args:
+        scheme, symmetric: as for ``zk.fake_quant``.
+        given: the scales are handed in.
+    """
     form = FORMATS[scheme]
     power_of_two = form.scale == "power_of_two"
     return {
