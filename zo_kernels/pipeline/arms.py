@@ -19,6 +19,7 @@ from zo_kernels.memory import PeakMemory
 from zo_kernels.progress import Progress
 from zo_kernels.refine import checkpoint
 from zo_kernels.refine.align import AlignConfig, align
+from zo_kernels.refine.alignment_state import read_state
 from zo_kernels.refine.config import RefineConfig, first_block, select_parameters
 from zo_kernels.refine.held_out import held_out_part
 from zo_kernels.refine.objective import Objective, fixed_batches
@@ -134,9 +135,10 @@ def align_arm(
         progress: as ever.
     """
     state, path = (stem.with_name(f"{stem.name}{end}") for end in (".state", ".jsonl"))
+    earlier = read_state(state)[0] if state.exists() else []
     device = next(model.parameters()).device
     with PeakMemory(device) as memory:
-        records = align(
+        new = align(
             model,
             tokenizer,
             encoded,
@@ -146,6 +148,7 @@ def align_arm(
             resume=state.exists(),
             progress=progress,
         )
+    records = [*earlier, *new]
     write_records(path, records)
     per_step = config.batch_size * config.accumulation
     return Trained(

@@ -48,7 +48,7 @@ from zo_kernels.replay import read_log
 from zo_kernels.robustness.prompts import digest, text_digest
 from zo_kernels.robustness.suite import Evaluation
 
-FREE = ("seeds", "arms", "threads", "keep_models")
+FREE = ("seeds", "arms", "threads", "keep_models", "files")
 """Options in which a study may be gone on with; a trained arm remembers what it was asked for."""
 _FOREVER = 1_000_000  # steps of an arm that ends by its seconds
 
@@ -107,7 +107,12 @@ class Study:
         return write_study_report(self.folder, config, self.scores, self.base.name)
 
     def _open(self) -> None:
-        data = {"examples": digest(self.train + self.held_out), "text": text_digest(self.text)}
+        # What files hold counts, not where they are.
+        data: dict[str, Any] = {
+            "data": digest(self.train + self.held_out),
+            "text": text_digest(self.text),
+            "files": {"data": self.config.data, "text": self.config.text},
+        }
         if self.config.equal == "seconds":
             data["timed"] = self._first().name  # others have its time
         asked = {

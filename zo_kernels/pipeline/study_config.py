@@ -7,6 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
+from torch import nn
+
+from zo_kernels.optim import ZOSGD
 from zo_kernels.refine.align import AlignConfig
 from zo_kernels.refine.config import RefineConfig
 from zo_kernels.refine.scores import ScoreConfig
@@ -188,7 +192,7 @@ class StudyConfig:
                 f"itself, got {arm.options[own[0]]!r}"
             )
         if arm.kind == "zo":
-            _within(where, self.refinement(arm, 0, 1, None).check)
+            _within(where, lambda: _check_refinement(self.refinement(arm, 0, 1, None)))
         elif arm.kind == "fo":
             _within(where, self.first_order_steps(arm, 0, 1).check)
         else:
@@ -242,6 +246,14 @@ class StudyConfig:
     def record(self) -> dict[str, Any]:
         """As JSON has it."""
         return asdict(self)
+
+
+def _check_refinement(config: RefineConfig) -> None:
+    """What ``ZOSGD`` would refuse is refused before the alignment, not after it."""
+    config.check()
+    lr = 0.0 if config.lr == "auto" else config.lr
+    options = config.optimizer_options() | {"mode": "streamed"}  # the mode is checked
+    ZOSGD([("weight", nn.Parameter(torch.ones(2)))], lr=lr, **options)
 
 
 def _within(where: str, check: Callable[[], Any]) -> None:

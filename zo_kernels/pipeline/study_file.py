@@ -35,6 +35,7 @@ def read_study(path: str | os.PathLike[str]) -> StudyConfig:
         raise ValueError(f"{path}: expected YAML, got {error}") from error
     if not isinstance(found, dict) or "model" not in found:
         raise ValueError(f"{path}: expected a mapping of options with a model, got {found!r:.80}")
+    found = {str(key).replace("-", "_"): value for key, value in found.items()}
     sections: dict[str, Any] = {}
     for name, kind in (
         ("align", AlignConfig),
