@@ -136,7 +136,8 @@ def test_stopped_around_a_checkpoint(moment, copy, monkeypatch):
         original = getattr(place, name)
 
         def stop(path, *args, **options):
-            if moment != "before the note" and "more_fo-0" not in str(path):
+            wanted = {"while it is removed": ".gone-more_fo-0", "before the note": ""}
+            if wanted.get(moment, "more_fo-0") not in str(path):
                 return original(path, *args, **options)
             raise KeyboardInterrupt
 
@@ -203,10 +204,8 @@ ARM = {
 @pytest.mark.parametrize("name", OTHER)
 def test_other_changes_are_refused_and_named(name, finished):
     config, out = finished
-    before = contents(out)
-    with pytest.raises(
-        ValueError, match=f"the same configuration, .* in {name.split('_none')[0]}$"
-    ):
+    before, named = contents(out), name.removesuffix("_none")
+    with pytest.raises(ValueError, match=rf"the same configuration, .* in {named}$"):
         run(OTHER[name](config), out)
     assert contents(out) == before
 
@@ -242,7 +241,7 @@ def test_trained_arms_are_not_changed_under_their_names(message, finished):
 def test_a_walk_like_another_arm_is_another_walk(copy):
     config, out = copy
     other = replace(config.arms[2], like="zo_full")
-    with pytest.raises(ValueError, match="like 'zo_robust', .* got 'zo_full'; give"):
+    with pytest.raises(ValueError, match=r"like 'zo_robust', .* got 'zo_full'; give"):
         run(replace(config, arms=(*config.arms[:2], other, ARMS["zo_full"])), out)
 
 
@@ -252,7 +251,7 @@ def test_foreign_folders_are_left_alone(root, tmp_path):
         out = tmp_path / f"{name}{len(content)}"
         out.mkdir()
         (out / name).write_text(content)
-        with pytest.raises((FileExistsError, ValueError), match="expected .*(folder|study)"):
+        with pytest.raises((FileExistsError, ValueError), match=r"expected .*(folder|study)"):
             run(config, out)
         assert {p.name: p.read_text() for p in out.iterdir()} == {name: content}
 
@@ -336,3 +335,20 @@ def test_a_mode_that_drifts(root, tmp_path, monkeypatch):
     assert not list(out.rglob("*.zolog"))
     model, _ = checkpoint.load(out / "models" / "zo_full-0", dtype=torch.bfloat16)
     assert checkpoint.fingerprint(model) == StudyFolder(out).trained("zo_full", 0).fingerprint
+
+
+def test_a_report_says_which_arm_cost_more(root, tmp_path, monkeypatch):
+    """Where scoring alone takes more than every arm has: a step is taken all the same."""
+    notes: list[str] = []
+    monkeypatch.setattr(
+        "zo_kernels.pipeline.study_report.write_report",
+        lambda *_, **options: notes.extend(options["notes"]) or {},
+    )
+    config = small_config(root, "zo_robust", "zo_magnitude", align=None)
+    config = replace(config, refine=replace(config.refine, steps=4))
+    folder = StudyFolder(run(config, tmp_path / "out"))
+    robust, other = folder.trained("zo_robust", 0), folder.trained("zo_magnitude", 0)
+    assert robust.steps == 1 and robust.cost > 2 * config.forwards() > 1.5 * other.cost
+    told = [note for note in notes if "Not at equal cost" in note]
+    times = f"took {robust.cost / 16:.1f} times as many forwards"
+    assert len(told) == 1 and "focused ZO, robust blocks" in told[0] and times in told[0]
