@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_study import write_files
 
-from zo_kernels import cli
+from zo_kernels import cli, noise
 from zo_kernels.pipeline import demo as demo_module
+from zo_kernels.pipeline.study_config import TITLES
 from zo_kernels.refine import checkpoint
 from zo_kernels.refine import records as records_module
-from zo_kernels.refine.records import read_records
-
-ROWS = [
-    ("how do i open a door", "turn the key and push it", "harmless"),
-    ("tell me a story", "a good day about sun", "benign"),
-    ("write a story about cat", "the cat is here", "harmless"),
-    ("open the door please", "sorry i can not help with that", "harmful"),
-    ("tell me how", "sorry i can not in any way", "harmful"),
-    ("write about the key", "sorry i can not help", "harmful"),
-]
+from zo_kernels.refine.records import MetricsLog, read_records
+from zo_kernels.refine.scores import Scores
+from zo_kernels.replay import read_log
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A model directory and a data file."""
-    root = tmp_path_factory.mktemp("cli")
-    checkpoint.save(tiny_model("llama_tied"), tiny_tokenizer(), root / "base")
-    lines = [json.dumps({"prompt": p, "completion": c, "kind": k}) for p, c, k in ROWS]
-    (root / "data.jsonl").write_text("\n".join(lines) + "\n")
-    return root
+    return write_files(tmp_path_factory.mktemp("cli"))
 
 
 def run(*arguments):
@@ -134,66 +125,204 @@ def test_a_killed_refinement_is_resumed_and_replayed(files, tmp_path, capsys, mo
     }
     assert len(set(prints.values())) == 1
     assert run("refine", *options, "--out", out, "--steps", 6, "--resume") == 1
-    assert "resume: expected an unfinished run's log" in capsys.readouterr().err
+    assert "resume: expected what an unfinished run leaves" in capsys.readouterr().err
 
 
-def small_demo(files, out, monkeypatch):
-    """The demo with a budget of seconds; the built-in text suits no tiny tokenizer."""
-    monkeypatch.setattr(demo_module, "MIN_SECONDS", 0.6)
-    return ["demo", "--model", files / "base", "--data", files / "data.jsonl", "--out", out,
-            "--minutes", 0.01]  # fmt: skip
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    """The demo's arguments with a model of its own and tenths of a second for each stage."""
+    monkeypatch.setattr(demo_module, "LEAST_SECONDS", 0.2)
+    root = write_files(tmp_path / "files", layers=5)
+    return ["demo", "--model", root / "base", "--data", root / "data.jsonl",
+            "--out", tmp_path / "out", "--minutes", 1e-4, "--eps", 0.2]  # fmt: skip
 
 
-def test_demo_and_its_resumption(files, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "run"
-    assert run(*small_demo(files, out, monkeypatch)) == 0
+def test_demo_and_its_resumption(demo, tmp_path, monkeypatch, capsys):
+    """A study of fixed arms, whose refinement ends by its time; started again, it goes on."""
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetricsLog, "write", stop_at(MetricsLog.write, "records/more_fo-0.jsonl"))
+        assert run(*demo) == 130
+    before = {p: p.read_bytes() for p in (out / "training").iterdir()}
+    assert len(read_records(out / "records" / "more_fo-0.jsonl")) == 1
+    capsys.readouterr()
+    assert run(*demo) == 0
+    assert {p: p.read_bytes() for p in before} == before
     shown = capsys.readouterr().out
-    for name in demo_module.ARMS.values():
-        assert name in shown
-    summary = json.loads((out / "summary.json").read_text())
-    assert list(summary["arms"]) == list(demo_module.ARMS)
-    assert [(c["reference"], c["other"]) for c in summary["comparisons"]] == [
-        ("aligned", "more_fo"),
-        ("aligned", "refined"),
-    ]
+    arms = ("base", "aligned", "lr0", "zo_full", "zo_robust", "more_fo", "walk_robust")
+    assert all(TITLES[arm].split()[0] in shown for arm in arms) and "report.html" in shown
     records = read_records(out / "evaluation.jsonl")
-    by_arm = {arm: [r for r in records if r["label"] == arm] for arm in demo_module.ARMS}
-    assert {len(rows) for rows in by_arm.values()} == {9}
-    for control, aligned in zip(by_arm["lr0"], by_arm["aligned"], strict=True):
-        assert {**control, "label": "aligned"} == aligned
-    assert "bit-identical to the aligned model" in (out / "summary.md").read_text()
-    for name in ("metric_vs_noise.png", "loss_per_step.png"):
-        assert (out / name).read_bytes().startswith(b"\x89PNG")
-    prints = {
-        arm: checkpoint.fingerprint(checkpoint.load(out / arm, dtype="float32")[0])
-        for arm in ("aligned", "more_fo", "refined")
-    }
-    assert len(set(prints.values())) == 3
-    log = out / "refined.zolog"
-    verified = ["log", "verify", log, "--base", out / "aligned", "--model", out / "refined"]
-    assert run(*verified) == 0
-    refined = prints["refined"]
+    conditions = [
+        "clean",
+        *(f"w{x}/{n}" for x in ("0.05", "0.2") for n in range(3)),
+        "int8",
+        "int4",
+    ]
+    assert [(r["label"], r["condition"]) for r in records] == [
+        (arm, condition) for arm in (*arms[:3], *sorted_arms(records)) for condition in conditions
+    ]
+    assert set(sorted_arms(records)) == set(arms[3:])
+    generated = {r["condition"] for r in records if r["harmful_answers"] is not None}
+    assert generated == {"clean", "int4", "w0.2/0", "w0.2/1", "w0.2/2"}
+    first, *others = (
+        json.loads((out / "training" / f"{arm}-0.json").read_text())
+        for arm in ("zo_full", "zo_robust", "more_fo")
+    )
+    assert first["config"]["seconds"] == 0.2 <= first["seconds"] and first["steps"] < 10_000
+    assert all(other["seconds"] >= first["seconds"] for other in others)
+    assert "as much time as" in (out / "summary.md").read_text()
+    log = out / "training" / "zo_full-0.zolog"
+    assert run("log", "verify", log, "--base", out / "aligned") == 0
 
-    # Killed in the middle of the last evaluation: what is finished is kept, the rest done again.
-    lines = (out / "evaluation.jsonl").read_text().splitlines()
-    (out / "evaluation.jsonl").write_text("\n".join(lines[:-4]) + '\n{"label": "more')
-    (out / "summary.json").unlink()
-    assert run(*small_demo(files, out, monkeypatch)) == 0
-    again = read_records(out / "evaluation.jsonl")
+    for option, named in ((["--eps", 0.3], "evaluation, refine, score"), (["--lr", 1], "refine")):
+        assert run(*demo, *option) == 1
+        assert f"differs in {named}\n" in capsys.readouterr().err
 
-    def timeless(rows):
-        return sorted(
-            json.dumps({k: v for k, v in r.items() if k != "seconds"}, sort_keys=True) for r in rows
-        )
 
-    assert timeless(again) == timeless(records)
-    assert (out / "summary.json").exists()
-    assert "bit-identical to the aligned model" in (out / "summary.md").read_text()
-    assert checkpoint.fingerprint(checkpoint.load(out / "refined", dtype="float32")[0]) == refined
+def sorted_arms(records):
+    """Labels of arms with training seeds, as they come."""
+    return list(dict.fromkeys(r["label"] for r in records if "training_seed" in r))
 
-    # Another configuration must not continue in the same folder.
-    assert run(*small_demo(files, out, monkeypatch), "--eps", 0.2) == 1
-    assert "differs in evaluation, refine" in capsys.readouterr().err
+
+def stop_at(original, where, count=2):
+    """MetricsLog.write that is interrupted at the line of this number of a file."""
+    seen = []
+
+    def stop(log, record):
+        if log.path.as_posix().endswith(where):
+            seen.append(record)
+            if len(seen) == count:
+                raise KeyboardInterrupt
+        original(log, record)
+
+    return stop
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--minutes", 0], "minutes: expected a positive number, got 0"),
+        (["--eps", -1], "expected"),
+        (["--lr", "fast"], "lr: expected a number or 'auto', got 'fast'"),
+        (["--seed", -1], "expected 0 <= seed < 2**64, got -1"),
+        (["--model", "none"], "model: expected a Hugging Face directory"),
+    ],
+)
+def test_refusals_of_the_demo(options, message, demo, tmp_path, capsys):
+    assert run(*demo, *options) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_with_options_instead_of_the_files(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("zo_kernels.pipeline.study.torch.set_num_threads", lambda n: seen.append(n))
+    seen: list[int] = []
+    config = tmp_path / "mine.yaml"
+    config.write_text(
+        "model: elsewhere\ndtype: float32\nalign: none\narms: [zo_full]\n"
+        "refine: {steps: 2, batch_size: 2}\n"
+        "evaluation: {noise: [], quantization: [int4], generate_under: [], perplexity_tokens: 16}\n"
+    )
+    arguments = ["run", "--config", config, "--model", files / "base", "--seeds", 3, 5,
+                 "--data", files / "data.jsonl", "--text", files / "text.txt"]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments, "--threads", 1) == 0
+    shown = capsys.readouterr().out
+    assert "full ZO" in shown and "over training seeds" in shown
+    records = read_records(tmp_path / "runs" / "mine" / "evaluation.jsonl")
+    assert [r["training_seed"] for r in records if r["label"] == "zo_full"] == [3, 3, 5, 5]
+    assert seen[0] == 1 and len(seen) == 2
+    assert run(*arguments, "--seeds", 3, 3) == 1
+    assert "seeds: expected some, each once, got [3, 3]" in capsys.readouterr().err
+
+
+def scoring(files, out):
+    return ["score", *model_options(files), "--out", out, "--selected", 1, "--kind", "all",
+            "--draws", 2, "--max-draws", 2, "--batch-size", 2, "--rho", 0.3]  # fmt: skip
+
+
+def test_score_and_its_resumption(files, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(*scoring(files, whole)) == 0
+    shown = capsys.readouterr().out
+    assert "block" in shown and "forwards over the examples" in shown
+    assert (whole / "scores.png").read_bytes().startswith(b"\x89PNG")
+    scores = Scores.load(whole / "scores.json")
+    assert (len(scores.blocks), scores.draws, scores.examples) == (2, 2, 4)
+    assert f"Blocks {scores.selected()[0]};" in shown
+    losses = read_records(whole / "losses.jsonl")
+    assert len(losses) == 1 + 2 * 5
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetricsLog, "write", stop_at(MetricsLog.write, "losses.jsonl", 5))
+        assert run(*scoring(files, parts)) == 130
+    with (parts / "losses.jsonl").open("a") as file:
+        file.write('{"block": 1, "wh')  # as a kill leaves it
+    assert not (parts / "scores.json").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetricsLog, "write", stop_at(MetricsLog.write, "losses.jsonl", 2 * 5 - 2))
+        assert run(*scoring(files, parts)) == 0  # seven losses are missing, no more
+    again = Scores.load(parts / "scores.json")
+    assert replace(again, seconds=scores.seconds) == scores
+
+    # Other settings are refused, and those that leave each loss as it is are not.
+    capsys.readouterr()
+    assert run(*scoring(files, parts), "--rho", 0.2, "--seed", 1) == 1
+    message = capsys.readouterr().err
+    assert "differs in rho, seed; --fresh starts it over" in message
+    assert Scores.load(parts / "scores.json") == again
+    before = read_records(parts / "losses.jsonl")
+    assert len(before) == 11
+    assert run(*scoring(files, parts), "--max-draws", 4, "--draws", 4, "--selected", 2) == 0
+    assert Scores.load(parts / "scores.json").draws == 4
+    assert read_records(parts / "losses.jsonl")[:11] == before
+    assert run(*scoring(files, parts), "--rho", 0.2, "--fresh") == 0
+    fresh = Scores.load(parts / "scores.json")
+    assert fresh.config.rho == 0.2 and fresh.loss == scores.loss and fresh.blocks != scores.blocks
+    assert len(read_records(parts / "losses.jsonl")) == 11
+
+
+def test_refine_begins_with_scores(files, tmp_path, capsys):
+    """Their blocks and, with a warm start, their slopes: which the log holds."""
+    assert run(*scoring(files, tmp_path / "scored")) == 0
+    file = tmp_path / "scored" / "scores.json"
+    [block] = Scores.load(file).selected()
+    options = [*model_options(files), "--batch-size", 2, "--steps", 3, "--lr", 0.5]
+    found = set()
+    for name, more in (("cold", []), ("warm", ["--warm-start"]), ("other", ["--warm-start"])):
+        layers = ["--layers", 1 - block] if name == "other" else []
+        scores = ["--scores", file, *more, *layers]
+        assert run("refine", *options, "--out", tmp_path / name, *scores) == 0
+        log = read_log(tmp_path / f"{name}.zolog")
+        moved = {p.name.split(".")[2] for p in log.header.parameters()}
+        assert moved == {str(1 - block if layers else block)}
+        warm = log.header.warm_start
+        assert (warm is not None) == bool(more)
+        if warm is not None:
+            assert list(warm.directions) == [noise.LAYER_SCORING, noise.LAYER_SCORING + 1]
+            assert set(warm.scales) == {p.name for p in log.header.parameters()}
+        again = tmp_path / f"{name}-again"
+        replayed = ["replay", "--base", files / "base", "--log", tmp_path / f"{name}.zolog"]
+        assert run(*replayed, "--out", again) == 0
+        prints = {
+            checkpoint.fingerprint(checkpoint.load(folder, dtype="float32")[0])
+            for folder in (tmp_path / name, again)
+        }
+        assert len(prints) == 1
+        found |= prints
+    assert len(found) == 3
+
+    capsys.readouterr()
+    refusals = [
+        (["--warm-start"], "warm-start: expected --scores with it, got none"),
+        (["--scores", file, "--warm-start", "--seed", 1], "scores: expected seed 1"),
+        (["--scores", files / "data.jsonl"], "data.jsonl: expected scores of zo-kernels score"),
+        (["--layers", 7], "layers: expected 0 to 1, got 7"),
+    ]
+    for more, message in refusals:
+        assert run("refine", *options, "--out", tmp_path / "none", *more) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "none").exists()
 
 
 def test_doctor(capsys):
@@ -240,4 +369,4 @@ def test_help_shows_options_with_their_meaning(capsys):
         run("refine", "--help")
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "--eps EPS perturbation scale." in text and "(default: 0.1)" in text
+    assert "--eps EPS perturbation scale, a number; or" in text and "(default: 0.1)" in text

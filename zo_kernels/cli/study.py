@@ -42,7 +42,7 @@ def add_commands(commands: Any, make: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from zo_kernels.pipeline.study_config import read_study
+    from zo_kernels.pipeline.study_file import read_study
 
     config = read_study(options.config)
     given = {name: getattr(options, name) for name in ("model", "data", "text")}

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from zo_kernels import noise, ops
 from zo_kernels.blocks import decoder_blocks
-from zo_kernels.chat import Encoded
+from zo_kernels.chat import Encoded, Example, encode
 from zo_kernels.memory import PeakMemory
 from zo_kernels.progress import Progress
 from zo_kernels.refine import checkpoint
 from zo_kernels.refine.align import AlignConfig, align
+from zo_kernels.refine.alignment_state import read_state
 from zo_kernels.refine.config import RefineConfig, first_block, select_parameters
+from zo_kernels.refine.held_out import held_out_part
+from zo_kernels.refine.objective import Objective, fixed_batches
 from zo_kernels.refine.records import MetricsLog, logged_records, write_records
 from zo_kernels.refine.refiner import CALIBRATION_BATCHES, ZORefiner
-from zo_kernels.refine.scores import Scores
+from zo_kernels.refine.scores import ScoreConfig, Scores
+from zo_kernels.refine.selection import select_blocks
 from zo_kernels.replay import Log, read_log
 
 BACKWARD = 2
@@ -45,6 +49,7 @@ class Trained:
         model_bytes: of its weights.
         fingerprint: of the weights that came out.
         lr: learning rate before the schedule.
+        asked: what a study asked for (``StudyConfig.asked``).
     """
 
     config: dict[str, Any]
@@ -56,6 +61,7 @@ class Trained:
     model_bytes: int
     fingerprint: str
     lr: float | None
+    asked: dict[str, Any] = field(default_factory=dict)
 
 
 def refine_arm(
@@ -74,13 +80,13 @@ def refine_arm(
         model: the aligned one; refined in place.
         tokenizer, encoded: as for ``ZORefiner.run``.
         config: of the arm.
-        stem: path of the records (with .jsonl) and of the replay log (with .zolog).
+        stem: path of the records and of the replay log, without .jsonl and .zolog.
         scores: for a warm start.
         progress: as ever.
     """
     # "mezo" drifts, which no log can hold.
-    log = stem.with_suffix(".zolog") if config.mode != "mezo" else None
-    path = stem.with_suffix(".jsonl")
+    log = stem.with_name(f"{stem.name}.zolog") if config.mode != "mezo" else None
+    path = stem.with_name(f"{stem.name}.jsonl")
     resume = log is not None and log.exists()
     earlier = logged_records(path, log) if resume else []
     write_records(path, earlier)
@@ -101,7 +107,7 @@ def refine_arm(
         config=asdict(config),
         steps=len(taken),
         seconds=taken[-1]["seconds"],
-        cost=len(taken) * refine_cost(model, config) + calibration_cost(config),
+        cost=len(taken) * refine_cost(model, config, encoded) + calibration_cost(config),
         per_step=config.batch_size * config.accumulation,
         peak_bytes=memory.peak - memory.before,
         model_bytes=_bytes(model),
@@ -125,13 +131,14 @@ def align_arm(
         model: trained in place.
         tokenizer, encoded: as for ``align``.
         config: of the arm.
-        stem: path of the records (with .jsonl) and of what resumption needs (with .state).
+        stem: path of the records and of what resumption needs, without .jsonl and .state.
         progress: as ever.
     """
-    state, path = stem.with_suffix(".state"), stem.with_suffix(".jsonl")
+    state, path = (stem.with_name(f"{stem.name}{end}") for end in (".state", ".jsonl"))
+    earlier = read_state(state)[0] if state.exists() else []
     device = next(model.parameters()).device
     with PeakMemory(device) as memory:
-        records = align(
+        new = align(
             model,
             tokenizer,
             encoded,
@@ -141,6 +148,7 @@ def align_arm(
             resume=state.exists(),
             progress=progress,
         )
+    records = [*earlier, *new]
     write_records(path, records)
     per_step = config.batch_size * config.accumulation
     return Trained(
@@ -212,13 +220,53 @@ def walked(log: Log) -> float:
     return math.sqrt(squares)
 
 
-def refine_cost(model: Any, config: RefineConfig) -> float:
-    """Forwards of one example that a step takes."""
+def chosen_blocks(
+    rule: str,
+    config: ScoreConfig,
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    scores: Scores | None,
+    seed: int,
+) -> tuple[tuple[int, ...] | None, float]:
+    """The blocks of a zeroth-order arm (None: all weights), and what choosing them cost.
+
+    Args:
+        rule: out of ``selection.RULES``.
+        config: of the scoring, whose number of blocks and examples other rules take.
+        model, tokenizer: the aligned ones.
+        examples: to train on.
+        scores: for "robust".
+        seed: for "random".
+    """
+    if rule == "all":
+        return None, 0.0
+    objective, cost = None, 0.0
+    if rule == "robust":
+        cost = scores.forwards * scores.examples
+    if rule == "snip":
+        encoded = encode(tokenizer, examples, max_length=config.max_length)
+        chosen = [e for e in encoded if config.kind in (e.kind, "all")][: config.examples]
+        objective = Objective(model, fixed_batches(model, tokenizer, chosen, config.batch_size))
+        cost = float((1 + BACKWARD) * len(chosen))
+    blocks = select_blocks(
+        model, rule, config.selected, scores=scores, objective=objective, seed=seed
+    )
+    return blocks, cost
+
+
+def refine_cost(model: Any, config: RefineConfig, encoded: Sequence[Encoded]) -> float:
+    """Forwards of one example that a step takes, its share of held-out losses included."""
     blocks = len(decoder_blocks(model))
     names = [name for name, _ in select_parameters(model, config.parameters, config.layers)]
     shared = first_block(model, names) / blocks if config.reuse_prefix else 0.0
     losses = 2 * config.queries + (1 / config.curvature_every if config.curvature_every else 0.0)
-    return (shared + losses * (1 - shared)) * config.batch_size * config.accumulation
+    own = (shared + losses * (1 - shared)) * config.batch_size * config.accumulation
+    if not config.held_out_every:
+        return own
+    held = len(held_out_part(encoded)[1])
+    return own + held * config.held_out_draws / config.held_out_every
 
 
 def calibration_cost(config: RefineConfig) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
@@ -31,7 +31,8 @@ def configured(kind: type[Config], values: Mapping[str, Any] | None, where: str)
         where: what errors begin with.
 
     Raises:
-        ValueError: no mapping, an unknown field, or a value that its field cannot have.
+        ValueError: no mapping, an unknown field, one without default that is not given, or a value
+            that its field cannot have.
     """
     if values is None:
         values = {}
@@ -46,4 +47,7 @@ def configured(kind: type[Config], values: Mapping[str, Any] | None, where: str)
         if not fits(value, types[name]):
             raise ValueError(f"{where}.{name}: expected {types[name]}, got {value!r}")
         chosen[name] = tuple(value) if isinstance(value, list) else value
+    for field in fields(kind):
+        if field.default is field.default_factory is MISSING and field.name not in chosen:
+            raise ValueError(f"{where}: expected {field.name} among the options, got none")
     return kind(**chosen)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -27,6 +28,7 @@ from zo_kernels.pipeline.arms import (
     Trained,
     align_arm,
     calibration_cost,
+    chosen_blocks,
     refine_arm,
     refine_cost,
     replayed_fingerprint,
@@ -38,18 +40,16 @@ from zo_kernels.pipeline.study_folder import StudyFolder
 from zo_kernels.pipeline.study_report import CONTROL_STEPS, write_study_report
 from zo_kernels.progress import progress_bar
 from zo_kernels.refine import checkpoint
-from zo_kernels.refine.objective import Objective, fixed_batches
 from zo_kernels.refine.records import MetricsLog, read_records, write_records
 from zo_kernels.refine.refiner import ZORefiner
 from zo_kernels.refine.scores import Scores
 from zo_kernels.refine.scoring import score
-from zo_kernels.refine.selection import select_blocks
 from zo_kernels.replay import read_log
 from zo_kernels.robustness.prompts import digest, text_digest
 from zo_kernels.robustness.suite import Evaluation
 
-FREE = ("seeds", "arms", "threads", "keep_models")
-"""Options in which a study may be gone on with; each arm remembers its own."""
+FREE = ("seeds", "arms", "threads", "keep_models", "files")
+"""Options in which a study may be gone on with; a trained arm remembers what it was asked for."""
 _FOREVER = 1_000_000  # steps of an arm that ends by its seconds
 
 
@@ -90,7 +90,10 @@ class Study:
 
     def _run(self) -> dict[str, Path]:
         config = self.config
-        self.base = prepare(progress=self.say) if config.model == "smollm2" else Path(config.model)
+        if config.model == "smollm2":
+            self.base = prepare(progress=self.say)
+        else:
+            self.base = checkpoint.expect(config.model)
         self._open()
         self._evaluate("base", None, lambda: checkpoint.load(self.base, dtype=config.dtype))
         self.aligned = self._align()
@@ -104,8 +107,20 @@ class Study:
         return write_study_report(self.folder, config, self.scores, self.base.name)
 
     def _open(self) -> None:
-        data = {"examples": digest(self.train + self.held_out), "text": text_digest(self.text)}
-        self.folder.open(self.config.record() | data, FREE)
+        # What files hold counts, not where they are.
+        data: dict[str, Any] = {
+            "data": digest(self.train + self.held_out),
+            "text": text_digest(self.text),
+            "files": {"data": self.config.data, "text": self.config.text},
+        }
+        if self.config.equal == "seconds":
+            data["timed"] = self._first().name  # others have its time
+        asked = {
+            (arm.name, seed): self.config.asked(arm, seed)
+            for seed in self.config.seeds
+            for arm in self.config.arms
+        }
+        self.folder.open(self.config.record() | data, FREE, asked)
 
     def _align(self) -> Path:
         """Stage I; the folder of the aligned model."""
@@ -122,7 +137,7 @@ class Study:
                 )  # fmt: skip
             self.folder.finish("aligned", None, trained)
             checkpoint.save(model, tokenizer, path)
-            self.folder.training("aligned", None, ".state").unlink(missing_ok=True)
+        self.folder.training("aligned", None, ".state").unlink(missing_ok=True)
         return path
 
     def _score(self) -> Scores:
@@ -152,14 +167,14 @@ class Study:
     def _control(self) -> None:
         """Zeroth-order steps with lr = 0 leave every bit: the aligned records are theirs."""
         path = self.folder.records_path("lr0", None)
-        if path.exists():
+        if len(self.folder.records("lr0", None)) == len(self.config.evaluation.conditions()):
             return
         self.say(f"control: {CONTROL_STEPS} zeroth-order steps with lr = 0")
         model, tokenizer = self._load()
         before = checkpoint.fingerprint(model)
         config = replace(
-            self.config.refine, steps=CONTROL_STEPS, seconds=None, lr=0.0, held_out_every=0,
-            patience=0,
+            self.config.refine, steps=CONTROL_STEPS, seconds=None, lr=0.0, update_norm=None,
+            held_out_every=0, patience=0,
         )  # fmt: skip
         ZORefiner(model, tokenizer, config).run(self._encoded(tokenizer, config))
         if checkpoint.fingerprint(model) == before:
@@ -175,6 +190,10 @@ class Study:
         order = {"zo": 0, "fo": 1, "walk": 2}
         return sorted(self.config.arms, key=lambda arm: (order[arm.kind], arm.blocks != "all"))
 
+    def _first(self) -> Arm:
+        """The first zeroth-order arm."""
+        return next(arm for arm in self._in_order() if arm.kind == "zo")
+
     def _arm(self, arm: Arm, seed: int) -> None:
         """Train and evaluate one arm with one seed."""
         name = self.folder.name(arm.name, seed)
@@ -184,12 +203,13 @@ class Study:
             model, tokenizer = self._load("float32" if arm.kind == "fo" else None)
             self.say(f"{TITLES.get(arm.name, arm.name)}, training seed {seed}")
             trained = self._train(arm, seed, model, tokenizer)
+            trained = replace(trained, asked=self.config.asked(arm, seed))
             if arm.kind == "fo" or self.config.keep_models or trained.config.get("mode") == "mezo":
                 checkpoint.save(model, tokenizer, made)
             self.folder.finish(arm.name, seed, trained)
-            self.folder.training(arm.name, seed, ".state").unlink(missing_ok=True)
             del model
             gc.collect()
+        self.folder.training(arm.name, seed, ".state").unlink(missing_ok=True)
 
         def load() -> tuple[Any, Any]:
             if made.exists():
@@ -208,61 +228,41 @@ class Study:
             return model, tokenizer
 
         self._evaluate(arm.name, seed, load)
-        if made.exists() and not self.config.keep_models:
+        if not self.config.keep_models:
             checkpoint.remove(made)
 
     def _train(self, arm: Arm, seed: int, model: Any, tokenizer: Any) -> Trained:
         if arm.kind == "walk":
             return self._walk(arm, seed, model)
-        seconds, cost = self._budget(arm, seed, model)
+        seconds, cost = self._budget(arm, seed)
         stem = self.folder.training(arm.name, seed, "")
         with progress_bar(self.folder.name(arm.name, seed)) as progress:
             if arm.kind == "fo":
                 config = self.config.first_order_steps(arm, seed, 1)
                 per_step = config.batch_size * config.accumulation * (1 + BACKWARD)
-                steps = _FOREVER if seconds is not None else max(1, round(cost / per_step))
-                config = replace(config, steps=steps, seconds=seconds)
+                config = replace(config, steps=_steps(cost / per_step), seconds=seconds)
                 encoded = self._encoded(tokenizer, config)
                 return align_arm(model, tokenizer, encoded, config, stem, progress=progress)
-            layers, selection = self._blocks(arm, seed, model, tokenizer)
+            layers, selection = chosen_blocks(
+                arm.blocks, self.config.score, model, tokenizer, self.train,
+                scores=self.scores, seed=seed,
+            )  # fmt: skip
             config = self.config.refinement(arm, seed, 1, layers)
-            per_step = refine_cost(model, config)
-            left = max(cost - selection - calibration_cost(config), per_step)
-            steps = _FOREVER if seconds is not None else max(1, round(left / per_step))
-            config = replace(config, steps=steps, seconds=seconds)
             encoded = self._encoded(tokenizer, config)
+            left = cost - selection - calibration_cost(config)
+            steps = _steps(left / refine_cost(model, config, encoded))
+            config = replace(config, steps=steps, seconds=seconds)
             trained = refine_arm(model, tokenizer, encoded, config, stem, progress=progress)
             return replace(trained, cost=trained.cost + selection)
 
-    def _budget(self, arm: Arm, seed: int, model: Any) -> tuple[float | None, float]:
-        """Seconds that an arm has, or None; and its cost in forwards of one example."""
-        refine = self.config.refine
-        cost = 2.0 * refine.queries * refine.steps * refine.batch_size * refine.accumulation
-        first = next((a for a in self._in_order() if a.kind == "zo"), None)
-        if self.config.equal == "forwards" or first is None or arm == first:
-            return None, cost
-        return self.folder.trained(first.name, seed).seconds, cost
-
-    def _blocks(
-        self, arm: Arm, seed: int, model: Any, tokenizer: Any
-    ) -> tuple[tuple[int, ...] | None, float]:
-        """The blocks of a zeroth-order arm (None: all weights), and what choosing them cost."""
-        if arm.blocks == "all":
-            return None, 0.0
-        scoring, objective, cost = self.config.score, None, 0.0
-        if arm.blocks == "robust":
-            cost = self.scores.forwards * self.scores.examples
-        if arm.blocks == "snip":
-            encoded = chat.encode(tokenizer, self.train, max_length=scoring.max_length)
-            chosen = [e for e in encoded if scoring.kind in (e.kind, "all")][: scoring.examples]
-            batches = fixed_batches(model, tokenizer, chosen, scoring.batch_size)
-            objective = Objective(model, batches)
-            cost = float((1 + BACKWARD) * len(chosen))
-        blocks = select_blocks(
-            model, arm.blocks, scoring.selected,
-            scores=self.scores, objective=objective, seed=seed,
-        )  # fmt: skip
-        return blocks, cost
+    def _budget(self, arm: Arm, seed: int) -> tuple[float | None, float]:
+        """Seconds that an arm has, or None; and the forwards of one example, or infinity."""
+        if self.config.equal == "forwards":
+            return None, self.config.forwards()
+        first = self._first()
+        if arm == first:  # by its own seconds or its steps, whichever ends it
+            return self.config.refine.seconds, self.config.forwards()
+        return self.folder.trained(first.name, seed).seconds, math.inf
 
     def _walk(self, arm: Arm, seed: int, model: Any) -> Trained:
         return walk_arm(model, read_log(self.folder.training(arm.like, seed, ".zolog")), seed)
@@ -293,3 +293,8 @@ class Study:
     def _encoded(self, tokenizer: Any, config: Any) -> list[chat.Encoded]:
         length = getattr(config, "max_length", self.config.refine.max_length)
         return chat.encode(tokenizer, self.train, max_length=length)
+
+
+def _steps(share: float) -> int:
+    """Whole steps, at least one."""
+    return max(1, round(min(share, _FOREVER)))

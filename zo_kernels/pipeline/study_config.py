@@ -1,14 +1,16 @@
-"""What a study is asked for: a YAML file."""
+"""What a study is asked for; study_file.py reads it from YAML."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from zo_kernels.pipeline.settings import configured
+import torch
+from torch import nn
+
+from zo_kernels.optim import ZOSGD
 from zo_kernels.refine.align import AlignConfig
 from zo_kernels.refine.config import RefineConfig
 from zo_kernels.refine.scores import ScoreConfig
@@ -18,6 +20,13 @@ from zo_kernels.robustness.conditions import EvaluationConfig
 KINDS = ("zo", "fo", "walk")
 EQUAL = ("forwards", "seconds")
 RESERVED = ("base", "aligned", "lr0")
+OWN = {
+    "refine": ("seed", "layers"),
+    "first_order": ("seed", "steps", "seconds"),
+    "arm": ("seed", "steps", "seconds"),
+}
+"""Options that a study says itself: by its seeds, the arms' blocks and their equal cost."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,7 @@ class Arm:
     """One way to go on from the aligned model.
 
     Attributes:
-        name: in files and the report.
+        name: in files and the report: letters, digits and _ . + -
         kind: "zo" (zeroth-order refinement), "fo" (further first-order steps) or "walk" (one random
             step as long as another arm's way).
         blocks: of "zo", the rule by which decoder blocks are chosen, out of ``selection.RULES``.
@@ -82,8 +91,8 @@ class StudyConfig:
         arms: what is compared; see ``ARMS``.
         align: Stage I; None: the model is aligned already.
         score: Stage II.
-        refine: Stage III; its steps are those of full ZO with one query and count the cost that
-            every arm has.
+        refine: Stage III; its steps are those of full ZO and count the cost that every arm has.
+            Its seconds are those of the first zeroth-order arm where arms have equal ones.
         first_order: of the arms of further first-order steps.
         evaluation: conditions and prompts.
         equal: what arms have alike: "forwards" (a backward counts as two; scoring counts) or
@@ -118,38 +127,101 @@ class StudyConfig:
             raise ValueError(
                 f"arms: expected some, each once, with other names than {RESERVED}, got {names}"
             )
+        wrong = [seed for seed in self.seeds if not 0 <= seed < 1 << 64]
+        if wrong:
+            raise ValueError(f"seeds: expected 0 <= seed < 2**64, got {wrong[0]}")
         if self.equal not in EQUAL:
             raise ValueError(f"equal: expected one of {EQUAL}, got {self.equal!r}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads: expected at least 1, got {self.threads}")
-        by_name = {arm.name: arm for arm in self.arms}
-        for arm in self.arms:
-            if arm.kind not in KINDS:
-                raise ValueError(f"arms.{arm.name}: expected a kind of {KINDS}, got {arm.kind!r}")
-            if arm.blocks not in RULES:
-                raise ValueError(
-                    f"arms.{arm.name}: expected blocks out of {RULES}, got {arm.blocks!r}"
-                )
-            like = by_name.get(arm.like or "")
-            if arm.kind == "walk" and (like is None or like.kind != "zo"):
-                raise ValueError(
-                    f"arms.{arm.name}: expected like: a zeroth-order arm of this study, got "
-                    f"{arm.like!r}"
-                )
-            if arm.kind == "zo":
-                self.refinement(arm, 0, 1, None).check()
-            elif arm.kind == "fo":
-                self.first_order_steps(arm, 0, 1).check()
-        if self.equal == "seconds" and not any(arm.kind == "zo" for arm in self.arms):
-            raise ValueError("equal: expected a zeroth-order arm whose seconds count, got none")
-        if self.align is not None:
-            self.align.check()
-        self.score.check()
-        self.evaluation.conditions()
+        for name in ("align", "score", "refine", "first_order"):
+            section = getattr(self, name)
+            if section is not None:
+                _within(name, section.check)
+            for option in OWN.get(name, ()):
+                if getattr(section, option) != getattr(type(section), option):
+                    raise ValueError(
+                        f"{name}.{option}: expected no such option in a study, which says it "
+                        f"itself, got {getattr(section, option)!r}"
+                    )
+        _within("evaluation", self.evaluation.conditions)
         if self.evaluation.layers:
             raise ValueError(
                 f"evaluation.layers: expected none in a study, got {self.evaluation.layers}"
             )
+        self._check_equal()
+        for arm in self.arms:
+            self._check_arm(arm)
+
+    def _check_equal(self) -> None:
+        if self.equal == "forwards":
+            if self.refine.seconds is not None:
+                raise ValueError(
+                    "refine.seconds: expected none where arms have equal forwards, got "
+                    f"{self.refine.seconds}"
+                )
+            return
+        refined = [arm for arm in self.arms if arm.kind == "zo"]
+        if not refined:
+            raise ValueError("equal: expected a zeroth-order arm whose seconds count, got none")
+        schedules = [arm.options.get("schedule", self.refine.schedule) for arm in refined]
+        if set(schedules) != {"constant"}:
+            raise ValueError(
+                "refine.schedule: expected 'constant' where arms end by their time, got 'cosine'"
+            )
+
+    def _check_arm(self, arm: Arm) -> None:
+        where = f"arms.{arm.name}"
+        if not _NAME.fullmatch(arm.name):
+            raise ValueError(f"arms: expected names of letters, digits and _.+-, got {arm.name!r}")
+        if arm.kind not in KINDS:
+            raise ValueError(f"{where}: expected a kind of {KINDS}, got {arm.kind!r}")
+        if arm.blocks not in RULES or (arm.kind != "zo" and arm.blocks != "all"):
+            raise ValueError(
+                f"{where}: expected blocks out of {RULES}, or none unless kind is zo, got "
+                f"{arm.blocks!r}"
+            )
+        if arm.kind != "walk" and arm.like is not None:
+            raise ValueError(f"{where}: expected like: of a walk only, got {arm.like!r}")
+        own = [name for name in OWN["arm"] if name in arm.options]
+        if arm.blocks != "all" and "layers" in arm.options:
+            own.append("layers")
+        if own:
+            raise ValueError(
+                f"{where}.options.{own[0]}: expected no such option in a study, which says it "
+                f"itself, got {arm.options[own[0]]!r}"
+            )
+        if arm.kind == "zo":
+            _within(where, lambda: _check_refinement(self.refinement(arm, 0, 1, None)))
+        elif arm.kind == "fo":
+            _within(where, self.first_order_steps(arm, 0, 1).check)
+        else:
+            like = next((other for other in self.arms if other.name == arm.like), None)
+            if like is None or like.kind != "zo":
+                raise ValueError(
+                    f"{where}: expected like: a zeroth-order arm of this study, got {arm.like!r}"
+                )
+            if self.refinement(like, 0, 1, None).mode == "mezo":
+                raise ValueError(
+                    f"{where}: expected like: an arm with a replay log, got {arm.like!r} in mode "
+                    "'mezo'"
+                )
+
+    def forwards(self) -> float:
+        """The cost that every arm has, in forwards of one example, where they have equal ones."""
+        refine = self.refine
+        return 2.0 * refine.queries * refine.steps * refine.batch_size * refine.accumulation
+
+    def asked(self, arm: Arm, seed: int) -> dict[str, Any]:
+        """What makes an arm with a training seed what it is, for whatever cost."""
+        found: dict[str, Any] = {"kind": arm.kind, "blocks": arm.blocks, "like": arm.like}
+        if arm.kind == "walk":
+            return found
+        if arm.kind == "zo":
+            options = asdict(self.refinement(arm, seed, 1, None))
+        else:
+            options = asdict(self.first_order_steps(arm, seed, 1))
+        return found | {k: v for k, v in options.items() if k not in ("steps", "seconds")}
 
     def refinement(
         self, arm: Arm, seed: int, steps: int, layers: tuple[int, ...] | None
@@ -176,79 +248,17 @@ class StudyConfig:
         return asdict(self)
 
 
-def read_study(path: str | os.PathLike[str]) -> StudyConfig:
-    """Read a study from a YAML file; ``configs/`` has some.
+def _check_refinement(config: RefineConfig) -> None:
+    """What ``ZOSGD`` would refuse is refused before the alignment, not after it."""
+    config.check()
+    lr = 0.0 if config.lr == "auto" else config.lr
+    options = config.optimizer_options() | {"mode": "streamed"}  # the mode is checked
+    ZOSGD([("weight", nn.Parameter(torch.ones(2)))], lr=lr, **options)
 
-    Sections align, score, refine, first_order and evaluation are mappings of their classes' fields
-    ("align: none" for a model that is aligned already). Arms are names out of ``ARMS``, or mappings
-    of an ``Arm``'s fields. Files are relative to the YAML file, but for a model that is a word.
 
-    Raises:
-        ValueError: not YAML, or an unknown or impossible option; names it.
-        OSError: the file cannot be read.
-    """
-    import yaml
-
-    path = Path(path)
+def _within(where: str, check: Callable[[], Any]) -> None:
+    """Let a section's check say which section it is."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, got {error}") from error
-    if not isinstance(found, dict) or "model" not in found:
-        raise ValueError(f"{path}: expected a mapping of options with a model, got {found!r:.80}")
-    sections: dict[str, Any] = {}
-    for name, kind in (
-        ("align", AlignConfig),
-        ("score", ScoreConfig),
-        ("refine", RefineConfig),
-        ("first_order", AlignConfig),
-        ("evaluation", EvaluationConfig),
-    ):
-        if name == "align" and found.get(name) == "none":
-            sections[name] = None
-            del found[name]
-        elif name in found:
-            sections[name] = configured(kind, found.pop(name), f"{path}: {name}")
-    if "arms" in found:
-        sections["arms"] = tuple(_arm(arm, path) for arm in _listed(found.pop("arms"), path))
-    plain = configured(StudyConfig, found, str(path))
-    for name in ("model", "data", "text"):
-        value = getattr(plain, name)
-        if value is not None and not (name == "model" and value == "smollm2"):
-            sections[name] = str(path.parent / value)
-    config = replace(plain, **sections)
-    try:
-        config.check()
+        check()
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return config
-
-
-def _listed(value: Any, path: Path) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"{path}: arms: expected a list, got {value!r}")
-    return value
-
-
-def _arm(value: Any, path: Path) -> Arm:
-    if isinstance(value, str):
-        if value not in ARMS:
-            raise ValueError(f"{path}: arms: expected names out of {list(ARMS)}, got {value!r}")
-        return ARMS[value]
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        raise ValueError(f"{path}: arms: expected names or mappings with a name, got {value!r}")
-    values = dict(value)
-    options = values.pop("options", {})
-    known = ARMS.get(values["name"])
-    base = asdict(known) if known is not None else {}
-    base.pop("options", None)
-    arm = configured(Arm, base | values, f"{path}: arms.{values['name']}")
-    kind = {"zo": RefineConfig, "fo": AlignConfig}.get(arm.kind)
-    if options and kind is None:
-        raise ValueError(f"{path}: arms.{arm.name}: expected no options of a {arm.kind}, got some")
-    if options:
-        parsed = configured(kind, options, f"{path}: arms.{arm.name}.options")
-        options = {str(key).replace("-", "_"): None for key in options}
-        options = {key: getattr(parsed, key) for key in options}
-    inherited = dict(known.options) if known is not None else {}
-    return replace(arm, options=inherited | options)
+        raise ValueError(f"{where}: {error}") from error

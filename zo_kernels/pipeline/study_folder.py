@@ -26,31 +26,54 @@ class StudyFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def open(self, settings: Mapping[str, Any], free: tuple[str, ...]) -> None:
+    def open(
+        self,
+        settings: Mapping[str, Any],
+        free: tuple[str, ...],
+        asked: Mapping[tuple[str, int], Mapping[str, Any]],
+    ) -> None:
         """Remember what the study is; refuse to go on with another one.
 
         Args:
             settings: as JSON can hold them.
             free: keys in which a study may change.
+            asked: by arm and training seed what is asked for; what is trained must have been
+                asked for the same.
 
         Raises:
-            ValueError: the folder is of a study that differs; names in what.
+            ValueError: the folder is of a study that differs, or of other arms of these names;
+                names in what. The folder is as it was.
             FileExistsError: it holds something else.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         wanted = json.loads(json.dumps(settings))
         path = self.path / "study.json"
         if path.exists():
             found = json.loads(path.read_text("utf-8"))
+            if not isinstance(found, dict):
+                raise FileExistsError(
+                    f"{path}: expected the settings of a study, got {found!r:.80}"
+                )
             changed = sorted(k for k in wanted if k not in free and found.get(k) != wanted[k])
             if changed:
                 raise ValueError(
                     f"{self.path}: expected a new folder or a study with the same configuration, "
                     f"got one that differs in {', '.join(changed)}"
                 )
-        elif any(self.path.iterdir()):
-            raise FileExistsError(f"{self.path}: expected a new or empty folder")
+            for (label, seed), now in asked.items():
+                trained = self.trained(label, seed)
+                if trained is not None:
+                    self._expect_same(label, trained.asked, json.loads(json.dumps(now)))
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise FileExistsError(f"{self.path}: expected a new or empty folder, or a study's")
         write_file(path, json.dumps(wanted, indent=1) + "\n")
+
+    def _expect_same(self, label: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        for key in now:
+            if was.get(key) != now[key]:
+                raise ValueError(
+                    f"arms.{label}: expected {key} {was.get(key)!r}, with which {self.path} has "
+                    f"trained it, got {now[key]!r}; give the changed arm another name"
+                )
 
     @staticmethod
     def name(label: str, seed: int | None) -> str:
@@ -59,9 +82,7 @@ class StudyFolder:
 
     def training(self, label: str, seed: int | None, end: str) -> Path:
         """A file of an arm's training."""
-        folder = self.path / "training"
-        folder.mkdir(exist_ok=True)
-        return folder / f"{self.name(label, seed)}{end}"
+        return self.path / "training" / f"{self.name(label, seed)}{end}"
 
     def model(self, label: str, seed: int | None) -> Path:
         """Where an arm's checkpoint goes."""

@@ -16,6 +16,7 @@ from zo_kernels.robustness.report import write_report
 
 CONTROL_STEPS = 3
 """Steps of the lr = 0 control."""
+_OVER = 1.2  # times the cost that arms should have, before a report says so
 
 
 def write_study_report(
@@ -54,7 +55,7 @@ def write_study_report(
         title=f"Study of {model}",
         arms=titles,
         training_logs=logs,
-        notes=_notes(config, scores),
+        notes=_notes(folder, config, scores),
         compare=_pairs(config),
         costs=_costs(folder, config, scores),
         scores=scores and {"blocks": scores.rows(), "settings": scores.settings()},
@@ -70,11 +71,11 @@ def _pairs(config: StudyConfig) -> list[tuple[str, str]]:
     return pairs + walks + [pair for pair in others if set(pair) <= names.keys()]
 
 
-def _notes(config: StudyConfig, scores: Scores | None) -> list[str]:
+def _notes(folder: StudyFolder, config: StudyConfig, scores: Scores | None) -> list[str]:
     alike = (
         "as many forwards (a backward counts as two, scoring counts)"
         if config.equal == "forwards"
-        else "as much time as full ZO"
+        else "as much time as the first zeroth-order arm"
     )
     notes = [
         f"Every arm starts from the aligned model and has {alike}; training seeds "
@@ -86,6 +87,14 @@ def _notes(config: StudyConfig, scores: Scores | None) -> list[str]:
         if config.refine.mode != "mezo"
         else "Mode mezo drifts: see the lr = 0 control.",
     ]
+    for arm in config.arms:
+        costs = [folder.trained(arm.name, seed).cost for seed in config.seeds]
+        if config.equal == "forwards" and max(costs) > _OVER * config.forwards():
+            notes.append(
+                f"Not at equal cost: {TITLES.get(arm.name, arm.name)} took "
+                f"{max(costs) / config.forwards():.1f} times as many forwards as the others, since "
+                "choosing its blocks or its learning rate left less than a step of them."
+            )
     if scores is not None:
         chosen = ", ".join(map(str, scores.selected()))
         notes.append(f"Focused ZO moves blocks {chosen}, the most sensitive ones by the scores.")

@@ -60,11 +60,7 @@ def load(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = Path(directory)
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"model: expected a Hugging Face directory with config.json: {path}"
-        )
+    path = expect(directory)
     if dtype == "auto":
         dtype = fast_dtype(device)
     elif isinstance(dtype, str):
@@ -77,6 +73,20 @@ def load(
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer of {path}: expected an end-of-text token, got none")
     return model.to(device).eval(), tokenizer
+
+
+def expect(directory: str | os.PathLike[str]) -> Path:
+    """The path of a Hugging Face directory.
+
+    Raises:
+        FileNotFoundError: it has no config.json.
+    """
+    path = Path(directory)
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"model: expected a Hugging Face directory with config.json: {path}"
+        )
+    return path
 
 
 @contextmanager
@@ -106,10 +116,16 @@ def save(model: Any, tokenizer: Any, directory: str | os.PathLike[str]) -> Path:
 
 
 def remove(directory: str | os.PathLike[str]) -> None:
-    """Delete a checkpoint that ``save`` wrote; it is gone at once or whole."""
+    """Delete a checkpoint that ``save`` wrote, if it is there; it is gone at once or whole.
+
+    What a killed call left of one goes too.
+    """
     gone = Path(directory).with_name(f".gone-{Path(directory).name}")
-    os.replace(directory, gone)
-    shutil.rmtree(gone)
+    if gone.exists():
+        shutil.rmtree(gone)
+    if Path(directory).exists():
+        os.replace(directory, gone)
+        shutil.rmtree(gone)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -170,8 +170,9 @@ class ZORefiner:
         config = self.config
         records = []
         started = time.perf_counter() - before
+        over = config.seconds is not None and before >= config.seconds
         for number in range(done, config.steps):
-            if self.early_stop is not None and self.early_stop.over:
+            if over or (self.early_stop is not None and self.early_stop.over):
                 break
             record = self._step(number, [next(batches) for _ in range(config.accumulation)])
             if watched is not None and (number + 1) % config.held_out_every == 0:
@@ -189,8 +190,7 @@ class ZORefiner:
                     progress(text, min(elapsed, config.seconds), config.seconds)
                 else:
                     progress(text, number + 1, config.steps)
-            if config.seconds is not None and elapsed >= config.seconds:
-                break
+            over = config.seconds is not None and elapsed >= config.seconds
         self._end()
         return records
 

@@ -160,8 +160,8 @@ class Scores:
         settled: whether every block chosen is ahead of every other one by ``SEPARATION`` standard
             errors of the difference. Never of single draws.
         separation: the least such distance, in standard errors; None of single draws.
-        forwards, naive_forwards: forwards over the examples, in units of a whole one; and what
-            whole forwards would have taken.
+        forwards, naive_forwards: forwards over the examples, in units of a whole one, those of an
+            interrupted call included; and what whole forwards would have taken.
         seconds: wall time.
         units: by parameter name, the factor of rho: its standard deviation, or 1.
     """

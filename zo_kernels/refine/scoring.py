@@ -50,7 +50,8 @@ def score(
         config: see ``ScoreConfig``.
         finished: what ``on_result`` got in an earlier call with the same arguments that was cut
             off; those losses are not computed again.
-        on_result: called with each loss as it is there: a dict of block, what and loss.
+        on_result: called with each loss as it is there: a dict of block, what, loss and seconds
+            since the start.
         progress: called as progress(text, done, total).
 
     Raises:
@@ -108,7 +109,9 @@ class _Scoring:
         self.losses = {(r["block"], r["what"]): float(r["loss"]) for r in finished}
         self.on_result, self.progress = on_result, progress
         self.started = time.perf_counter()
-        self.forwards = 0.0
+        if finished:  # seconds go on where they were
+            self.started -= float(finished[-1].get("seconds", 0.0))
+        self.forwards = 1.0
 
     def run(self) -> Scores:
         """Sweeps over the blocks until the selection is settled."""
@@ -119,9 +122,12 @@ class _Scoring:
                 self.objective.check_prefix()
                 self.prefix.record = None
                 self.prefix.clear()
-            self.loss = self._loss(None, "clean", 1.0)
+            self.loss = self._loss(None, "clean")
+            before = 0
             while True:
                 self._sweep(draws)
+                self.forwards += self._cost(before, draws)
+                before = draws
                 found = self._scores(draws)
                 late = (
                     self.config.seconds is not None
@@ -148,26 +154,33 @@ class _Scoring:
         for number, todo in enumerate(missing):
             if not any(missing[number:]):
                 break
-            share = 1.0
             if self.prefix is not None and number:
                 self.prefix.record = number - 1
                 self.objective.advance()
                 self.prefix.record = None
-                self.forwards += 1 / len(self.slots)
-                share = 1 - number / len(self.slots)
             for what in todo:
                 if self.progress is not None:
                     self.progress(f"{self.names[number]}, {draws} draws", done, total)
-                self._loss(number, what, share)
+                self._loss(number, what)
                 done += 1
         if self.prefix is not None:
             self.prefix.clear()
+
+    def _cost(self, before: int, draws: int) -> float:
+        """Forwards of the sweep from so many draws to so many, whatever of it was finished."""
+        blocks = len(self.slots)
+        losses = (draws - before) * len(self.signs)
+        if not before and self.config.quantization != "none":
+            losses += 1
+        if self.prefix is None:
+            return float(losses * blocks)
+        return (blocks - 1 + losses * sum(range(1, blocks + 1))) / blocks
 
     @property
     def signs(self) -> tuple[int, ...]:
         return ESTIMATORS[self.config.estimator]
 
-    def _loss(self, number: int | None, what: str, share: float) -> float:
+    def _loss(self, number: int | None, what: str) -> float:
         """One loss, computed unless it is there."""
         if (number, what) in self.losses:
             return self.losses[number, what]
@@ -186,13 +199,13 @@ class _Scoring:
             direction = noise.LAYER_SCORING + int(what[:-1])
             with StreamedWeights(slots, scales, seed=self.config.seed, direction=direction):
                 loss = self.objective()
-        self.forwards += share
         if not math.isfinite(loss):
             where = "the model as it is" if number is None else f"'{self.names[number]}', {what}"
             raise FloatingPointError(f"{where}: expected a finite loss, got {loss}")
         self.losses[number, what] = loss
         if self.on_result is not None:
-            self.on_result({"block": number, "what": what, "loss": loss})
+            seconds = time.perf_counter() - self.started
+            self.on_result({"block": number, "what": what, "loss": loss, "seconds": seconds})
         return loss
 
     def _scores(self, draws: int) -> Scores:

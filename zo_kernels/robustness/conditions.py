@@ -121,7 +121,7 @@ def default_conditions(
 ) -> list[Condition]:
     """List clean, each noise at each level times `draws` draws, and each quantisation scheme."""
     if draws < 1:
-        raise ValueError(f"expected at least one draw, got {draws}")
+        raise ValueError(f"draws: expected at least 1, got {draws}")
     for name, levels in (("noise", noise), ("activation_noise", activation_noise)):
         if any(not (math.isfinite(level) and level > 0) for level in levels):
             raise ValueError(f"{name}: expected finite levels above 0, got {list(levels)}")
@@ -220,7 +220,7 @@ class EvaluationConfig:
         if not 0 <= self.noise_seed < 1 << 64:
             raise ValueError(f"noise_seed: expected 0 <= seed < 2**64, got {self.noise_seed}")
         if self.max_prompts is not None and self.max_prompts < 1:
-            raise ValueError(f"expected max_prompts >= 1 or None, got {self.max_prompts}")
+            raise ValueError(f"max_prompts: expected >= 1 or None, got {self.max_prompts}")
         return conditions
 
     def layer_conditions(self, blocks: int) -> list[Condition]:

@@ -1,0 +1,155 @@
+"""What a study is asked for: the files that come along, and refusals that name the option."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import yaml
+from tiny_study import CONFIGS
+
+from zo_kernels.pipeline.study_config import ARMS, Arm, StudyConfig
+from zo_kernels.pipeline.study_file import read_study
+from zo_kernels.refine.config import RefineConfig
+
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+
+
+def test_all_files_are_here():
+    names = {path.relative_to(CONFIGS).as_posix() for path in FILES}
+    models = ("llama-3-8b-instruct", "qwen2-7b-instruct")
+    assert names == {"tiny.yaml", "smollm2-135m.yaml", "stories260k.yaml"} | {
+        f"{model}/{name}.yaml" for model in models for name in ("paper", "ours")
+    }
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
+def test_files_that_come_along_are_read_in_full(path):
+    """Each option of the file is in the configuration, and what it does not say is as ever."""
+    written, config = yaml.safe_load(path.read_text()), read_study(path)
+    for name in ("align", "score", "refine", "first_order", "evaluation"):
+        section = getattr(config, name)
+        for option, value in written.get(name, {}).items():
+            wanted = tuple(value) if isinstance(value, list) else value
+            assert getattr(section, option) == wanted
+        for option in set(vars(section)) - set(written.get(name, {})):
+            assert getattr(section, option) == getattr(type(section)(), option)
+    assert config.seeds == tuple(written.get("seeds", (0, 1, 2)))
+    arms = [arm if isinstance(arm, str) else arm["name"] for arm in written.get("arms", ARMS)]
+    assert [arm.name for arm in config.arms] == arms
+    where = written["model"] if "smollm2" in path.name else str(path.parent / written["model"])
+    assert config.model == where
+
+
+def test_arms_of_a_file(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        "model: base\nalign: none\nrefine: {lr: 1.0e-2}\nfirst-order: {lr: 0.5}\narms:\n"
+        "  - zo_robust\n"
+        "  - {name: zo_full, options: {mode: master8, held-out-every: 2}}\n"
+        "  - {name: fo_noise, options: {lr: 0.25}}\n"
+        "  - {name: late, kind: zo, options: {layers: [3, 4]}}\n"
+        "  - {name: walk.late, kind: walk, like: late}\n"
+    )
+    config = read_study(path)
+    assert config.align is None and config.model == str(tmp_path / "base")
+    robust, full, noisy, late, walk = config.arms
+    assert robust is ARMS["zo_robust"] and walk == Arm("walk.late", "walk", like="late")
+    assert config.refinement(full, 7, 5, None) == RefineConfig(
+        lr=1e-2, mode="master8", held_out_every=2, seed=7, steps=5
+    )
+    steps = config.first_order_steps(noisy, 7, 5)
+    assert (steps.lr, steps.noise, steps.seed, steps.steps) == (0.25, 0.1, 7, 5)
+    assert config.refinement(late, 7, 5, None).layers == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", r"expected YAML"),
+        ("- a", "expected a mapping of options with a model"),
+        ("seeds: [1]", "expected a mapping of options with a model"),
+        ("model: m\nsedes: [1]", r"expected options out of \[.*'seeds'.*\], got 'sedes'"),
+        ("model: m\nalign: {stesp: 3}", r"align: expected options out of .*, got 'stesp'"),
+        ("model: m\nalign: 3", "align: expected a mapping of options, got 3"),
+        ("model: m\nalign: {steps: many}", r"align\.steps: expected int, got 'many'"),
+        ("model: m\nalign: {steps: 0}", "align: steps: expected at least 1, got 0"),
+        ("model: m\nalign: {lr: 1e-3}", r"align\.lr: expected float, got '1e-3'"),
+        ("model: m\nscore: {rho: -1}", "score: rho: expected a positive number, got -1"),
+        ("model: m\nscore: {reuse_prefix: 1}", r"score\.reuse_prefix: expected bool, got 1"),
+        ("model: m\nrefine: {mode: magic}", "refine: mode: expected one of"),
+        ("model: m\nrefine: {lr: 1e-3}", "refine: lr: expected a number or 'auto', got '1e-3'"),
+        ("model: m\nrefine: {seed: 3}", r"refine\.seed: expected no such option in a study"),
+        ("model: m\nrefine: {layers: [3]}", r"refine\.layers: expected no such option in a study"),
+        ("model: m\nrefine: {seconds: 3}", r"refine\.seconds: expected none where arms have equal"),
+        ("model: m\nfirst_order: {steps: 3}", r"first_order\.steps: expected no such option"),
+        ("model: m\nfirst_order: {noise: -1}", "first_order: noise: expected at least 0, got -1"),
+        ("model: m\nevaluation: {draws: 0}", "evaluation: draws: expected at least 1, got 0"),
+        ("model: m\nevaluation: {max_prompts: 0}", "evaluation: max_prompts: expected >= 1"),
+        ("model: m\nevaluation: {noise: [a]}", r"evaluation\.noise: expected tuple.*got \['a'\]"),
+        ("model: m\nevaluation: {layers: [int4]}", r"evaluation\.layers: expected none in a study"),
+        ("model: m\nseeds: []", "seeds: expected some, each once, got"),
+        ("model: m\nseeds: [1, 2, 1]", r"seeds: expected some, each once, got \[1, 2, 1\]"),
+        ("model: m\nseeds: [-1]", r"seeds: expected 0 <= seed < 2\*\*64, got -1"),
+        ("model: m\nthreads: 0", "threads: expected at least 1, got 0"),
+        ("model: m\nequal: luck", "equal: expected one of .*, got 'luck'"),
+        ("model: m\nequal: seconds\narms: [more_fo]", "equal: expected a zeroth-order arm whose"),
+        (
+            "model: m\nequal: seconds\nrefine: {schedule: cosine}",
+            r"refine\.schedule: expected 'constant' where arms end by their time",
+        ),
+        ("model: m\narms: zo_full", "arms: expected a list, got 'zo_full'"),
+        ("model: m\narms: []", "arms: expected some, each once"),
+        ("model: m\narms: [zo_ful]", r"arms: expected names out of .*, got 'zo_ful'"),
+        ("model: m\narms: [zo_full, zo_full]", "arms: expected some, each once"),
+        ("model: m\narms: [3]", "arms: expected names or mappings with a name, got 3"),
+        ("model: m\narms: [{kind: zo}]", "arms: expected names or mappings with a name"),
+        ("model: m\narms: [{name: base, kind: zo}]", "arms: expected .* other names than"),
+        ("model: m\narms: [{name: a/b, kind: zo}]", "arms: expected names of letters.*got 'a/b'"),
+        ("model: m\narms: [{name: a}]", r"arms\.a: expected kind among the options, got none"),
+        ("model: m\narms: [{name: a, kind: x}]", r"arms\.a: expected a kind of .*, got 'x'"),
+        ("model: m\narms: [{name: a, kind: zo, block: all}]", r"arms\.a: expected options out of"),
+        ("model: m\narms: [{name: a, kind: zo, blocks: x}]", r"arms\.a: expected blocks out of"),
+        ("model: m\narms: [{name: a, kind: fo, blocks: snip}]", r"arms\.a: .*none unless kind is"),
+        ("model: m\narms: [{name: a, kind: fo, like: b}]", r"arms\.a: expected like: of a walk"),
+        ("model: m\narms: [{name: a, kind: zo, options: {lr: no}}]", r"lr: expected float"),
+        ("model: m\narms: [{name: a, kind: zo, options: {eps: -1}}]", "eps: expected a finite"),
+        ("model: m\narms: [{name: a, kind: zo, options: {mode: x}}]", r"arms\.a: mode: expected"),
+        ("model: m\narms: [{name: a, kind: fo, options: {eps: 1}}]", r"arms\.a\.options: expected"),
+        ("model: m\narms: [{name: a, kind: zo, options: {seed: 1}}]", r"arms\.a\.options\.seed: "),
+        ("model: m\narms: [{name: a, kind: fo, options: {steps: 1}}]", r"arms\.a\.options\.steps"),
+        (
+            "model: m\narms: [{name: a, kind: zo, blocks: snip, options: {layers: [1]}}]",
+            r"arms\.a\.options\.layers: expected no such option",
+        ),
+        ("model: m\narms: [walk]", r"arms\.walk: expected like: a zeroth-order arm.*'zo_full'"),
+        ("model: m\narms: [{name: a, kind: walk}]", r"arms\.a: expected like: .* got None"),
+        ("model: m\narms: [more_fo, {name: a, kind: walk, like: more_fo}]", r"arms\.a: expected"),
+        (
+            "model: m\narms: [zo_full, walk]\nrefine: {mode: mezo}",
+            r"arms\.walk: expected like: an arm with a replay log, got 'zo_full' in mode 'mezo'",
+        ),
+        (
+            "model: m\narms: [zo_full, {name: a, kind: walk, like: zo_full, options: {lr: 1}}]",
+            r"arms\.a: expected no options of a walk",
+        ),
+        (
+            "model: m\narms: [fo_noise]\nrefine: {relative_eps: false}",
+            r"arms\.fo_noise: expected a relative eps, whose scale noise injection takes, got 0\.1",
+        ),
+    ],
+)  # fmt: skip
+def test_refusals_name_file_section_and_option(text, message, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"(?s)mine\.yaml: .*{message}"):
+        read_study(path)
+
+
+def test_configurations_made_by_hand_are_checked_too():
+    config = StudyConfig(model="m")
+    config.check()
+    with pytest.raises(ValueError, match="seeds: expected some, each once"):
+        replace(config, seeds=(1, 1)).check()
+    assert config.forwards() == 2 * 200 * 8
+    assert replace(config, refine=RefineConfig(queries=3, steps=2)).forwards() == 2 * 3 * 2 * 8
