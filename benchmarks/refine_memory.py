@@ -2,8 +2,8 @@
 
 Usage: python refine_memory.py MODEL_DIRECTORY DTYPE CASE
 
-CASE is one of FIRST_ORDER or ZEROTH_ORDER: two steps of 8 x 128 tokens, or a scoring of that batch
-with one draw and int4 of each block.
+CASE is one of FIRST_ORDER or ZEROTH_ORDER, two steps of 8 x 128 tokens or a scoring of that batch
+with one draw and int4 of each block; or FORWARD, its loss alone.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import zo_kernels as zk
 from zo_kernels.chat import HARMFUL, Encoded
 from zo_kernels.memory import PeakMemory
 from zo_kernels.refine.checkpoint import load
+from zo_kernels.refine.objective import Objective, fixed_batches
 
 FIRST_ORDER = ("align-adamw", "align-sgd")
 FOCUSED = ((10, 15, 20, 25), (26, 27, 28, 29))
+FORWARD = "forward"
 ZEROTH_ORDER = ("score", "focused streamed", "focused master", "full streamed")
 LR = 1e-9
 STEPS = 2
@@ -41,6 +43,8 @@ def work(model: Any, tokenizer: Any, case: str) -> Callable[[Sequence[Encoded]],
         optimizer = case.removeprefix("align-")
         config: Any = zk.AlignConfig(steps=STEPS, optimizer=optimizer, lr=LR)
         return partial(zk.align, model, tokenizer, config=config)
+    if case == FORWARD:
+        return lambda data: Objective(model, fixed_batches(model, tokenizer, data, len(data)))()
     if case == "score":
         config = zk.ScoreConfig(draws=1, max_draws=1)
         return lambda data: zk.score(model, tokenizer, data, config).blocks
@@ -53,8 +57,9 @@ def work(model: Any, tokenizer: Any, case: str) -> Callable[[Sequence[Encoded]],
 def main() -> None:
     """Load, warm the libraries up on a few tokens, measure."""
     directory, dtype, case = sys.argv[1:]
-    if case not in (*FIRST_ORDER, *ZEROTH_ORDER):
-        raise ValueError(f"CASE: expected one of {(*FIRST_ORDER, *ZEROTH_ORDER)}, got {case!r}")
+    known = (*FIRST_ORDER, FORWARD, *ZEROTH_ORDER)
+    if case not in known:
+        raise ValueError(f"CASE: expected one of {known}, got {case!r}")
     model, tokenizer = load(directory, dtype=dtype)
     for parameter in model.parameters():
         parameter.detach().sum()  # mapped files count when they are touched
@@ -63,7 +68,8 @@ def main() -> None:
     data = random_examples(model)
     with PeakMemory() as memory:
         done = run(data)
-    assert len(done) == (model.config.num_hidden_layers if case == "score" else STEPS)
+    if case != FORWARD:
+        assert len(done) == (model.config.num_hidden_layers if case == "score" else STEPS)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     print(json.dumps({"model": weights / 2**20, "extra": (memory.peak - memory.before) / 2**20}))
 
