@@ -15,8 +15,9 @@ _tables: list[tuple[str, dict[str, float], dict[str, float]]] = []
 
 
 def pytest_addoption(parser) -> None:
-    """How often each case runs."""
+    """How often each case runs, and on how much."""
     parser.addoption("--rounds", type=int, default=None, help="interleaved rounds of each table")
+    parser.addoption("--examples", type=int, default=8, help="examples that layers are scored on")
     parser.addoption("--modes", nargs="+", default=None, help="modes of ZOSGD (default: all)")
 
 

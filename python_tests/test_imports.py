@@ -4,6 +4,8 @@ ops -> backends -> noise."""
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,26 @@ def test_the_rule_can_fail(tmp_path):
         "def f():\n    from zo_kernels.backends.native import isa\n"
     )
     assert imported(file) == {"cli", "optim", "backends"}
+
+
+def test_the_stages_are_attributes_imported_on_demand():
+    """Each is its module's own object; none is loaded before, and no others exist."""
+    code = (
+        "import sys, zo_kernels as zk\n"
+        "print([m for m in sys.modules if m.startswith('zo_kernels.refine')])\n"
+        "names = 'AlignConfig RefineConfig ScoreConfig ZORefiner align score'.split()\n"
+        "print(set(names) <= set(dir(zk)) & set(zk.__all__))\n"
+        "found = [getattr(zk, name) for name in names]\n"
+        "print(*[f'{f.__module__[18:]}.{f.__name__}' for f in found])\n"
+        "print(hasattr(zk, 'refiner'), hasattr(zk, 'ZORefine'), found[3] is zk.ZORefiner)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == [
+        "[]",
+        "True",
+        "align.AlignConfig config.RefineConfig scores.ScoreConfig refiner.ZORefiner align.align "
+        "scoring.score",
+        "False False True",
+    ], done.stderr
