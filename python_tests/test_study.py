@@ -13,7 +13,7 @@ from tiny_study import run, tiny_config, write_files
 from zo_kernels import cli
 from zo_kernels.moments import standard_deviation
 from zo_kernels.pipeline.arms import calibration_cost, refine_cost, walk_arm
-from zo_kernels.pipeline.study_config import ARMS, RESERVED
+from zo_kernels.pipeline.study_config import ARMS, RESERVED, TITLES
 from zo_kernels.pipeline.study_folder import StudyFolder
 from zo_kernels.refine import checkpoint
 from zo_kernels.refine.config import RefineConfig
@@ -95,17 +95,19 @@ def test_arms_have_equal_cost(study):
             records = read_records(out / "training" / f"{name}-{trained.index(one)}.jsonl")
             assert [record["step"] for record in records] == list(range(one.steps))
             assert one.seconds == records[-1]["seconds"] > 0 and one.peak_bytes > 0
-    # A step is l+, l- and half of a curvature of two examples; what scoring took is missing.
-    assert costs["zo_full"][0].cost == costs["zo_full"][0].steps * 5
-    robust = costs["zo_robust"][0]
-    assert robust.cost > scoring.forwards * scoring.examples > budget / 4
-    assert robust.steps < costs["zo_magnitude"][0].steps
-    assert costs["zo_snip"][0].steps < costs["zo_full"][0].steps * 27 / 19
-    assert costs["more_fo"][0].cost == costs["more_fo"][0].steps * 2 * 3
+    # A step is l+, l- and half of a curvature, of two examples; of the second block behind the
+    # first one, which is computed once. Choosing blocks comes on top.
+    choosing = {"zo_robust": scoring.forwards * scoring.examples, "zo_snip": 3 * 4}
+    for name in ZO:
+        for one in costs[name]:
+            per_step = 2 * (0.5 + 2.5 / 2) if one.config["layers"] == [1] else 2 * 2.5
+            assert one.cost == one.steps * per_step + choosing.get(name, 0)
+    assert costs["zo_robust"][0].steps < costs["zo_magnitude"][0].steps
+    for name in ("more_fo", "fo_noise"):
+        assert costs[name][0].cost == costs[name][0].steps * 2 * 3
     rows = json.loads((out / "summary.json").read_text())["costs"]["stages"]
-    assert [row["arm"] for row in rows] == [None, None] + [
-        rows[2 + n]["arm"] for n in range(len(ARMS) - 2)
-    ]
+    trained = [TITLES[name] for name in ARMS if ARMS[name].kind != "walk"]
+    assert [row["arm"] for row in rows] == [None, None, *trained]
     assert len(rows) == 2 + 7 and [row["first_order"] for row in rows] == [True] + [False] * 8
     for row in rows[2:]:
         assert abs(row["forwards"] - budget / 2) <= 1.5  # in batches of two
