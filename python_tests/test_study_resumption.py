@@ -352,3 +352,15 @@ def test_a_report_says_which_arm_cost_more(root, tmp_path, monkeypatch):
     told = [note for note in notes if "Not at equal cost" in note]
     times = f"took {robust.cost / 16:.1f} times as many forwards"
     assert len(told) == 1 and "focused ZO, robust blocks" in told[0] and times in told[0]
+
+
+def test_arms_of_equal_steps(root, tmp_path):
+    """Whatever they cost."""
+    names = ("zo_robust", "zo_full", "more_fo")
+    config = small_config(root, *names, align=None, equal="steps")
+    config = replace(config, refine=replace(config.refine, steps=3))
+    folder = StudyFolder(run(config, tmp_path / "out"))
+    trained = {name: folder.trained(name, 0) for name in names}
+    assert {one.steps for one in trained.values()} == {3}
+    assert trained["zo_robust"].cost > 2 * trained["zo_full"].cost  # with its scoring
+    assert "3 steps, at whatever cost" in (folder.path / "summary.md").read_text()

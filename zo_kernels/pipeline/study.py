@@ -240,7 +240,8 @@ class Study:
             if arm.kind == "fo":
                 config = self.config.first_order_steps(arm, seed, 1)
                 per_step = config.batch_size * config.accumulation * (1 + BACKWARD)
-                config = replace(config, steps=_steps(cost / per_step), seconds=seconds)
+                steps = self._steps(cost / per_step)
+                config = replace(config, steps=steps, seconds=seconds)
                 encoded = self._encoded(tokenizer, config)
                 return align_arm(model, tokenizer, encoded, config, stem, progress=progress)
             layers, selection = chosen_blocks(
@@ -250,14 +251,20 @@ class Study:
             config = self.config.refinement(arm, seed, 1, layers)
             encoded = self._encoded(tokenizer, config)
             left = cost - selection - calibration_cost(config)
-            steps = _steps(left / refine_cost(model, config, encoded))
+            steps = self._steps(left / refine_cost(model, config, encoded))
             config = replace(config, steps=steps, seconds=seconds)
             trained = refine_arm(model, tokenizer, encoded, config, stem, progress=progress)
             return replace(trained, cost=trained.cost + selection)
 
+    def _steps(self, share: float) -> int:
+        """Whole steps, at least one; the refinement's where arms have equal steps."""
+        if self.config.equal == "steps":
+            return self.config.refine.steps
+        return max(1, round(min(share, _FOREVER)))
+
     def _budget(self, arm: Arm, seed: int) -> tuple[float | None, float]:
         """Seconds that an arm has, or None; and the forwards of one example, or infinity."""
-        if self.config.equal == "forwards":
+        if self.config.equal != "seconds":
             return None, self.config.forwards()
         first = self._first()
         if arm == first:  # by its own seconds or its steps, whichever ends it
@@ -293,8 +300,3 @@ class Study:
     def _encoded(self, tokenizer: Any, config: Any) -> list[chat.Encoded]:
         length = getattr(config, "max_length", self.config.refine.max_length)
         return chat.encode(tokenizer, self.train, max_length=length)
-
-
-def _steps(share: float) -> int:
-    """Whole steps, at least one."""
-    return max(1, round(min(share, _FOREVER)))

@@ -18,7 +18,7 @@ from zo_kernels.refine.selection import RULES
 from zo_kernels.robustness.conditions import EvaluationConfig
 
 KINDS = ("zo", "fo", "walk")
-EQUAL = ("forwards", "seconds")
+EQUAL = ("forwards", "seconds", "steps")
 RESERVED = ("base", "aligned", "lr0")
 OWN = {
     "refine": ("seed", "layers"),
@@ -95,8 +95,9 @@ class StudyConfig:
             Its seconds are those of the first zeroth-order arm where arms have equal ones.
         first_order: of the arms of further first-order steps.
         evaluation: conditions and prompts.
-        equal: what arms have alike: "forwards" (a backward counts as two; scoring counts) or
-            "seconds" (of full ZO, or of the first zeroth-order arm).
+        equal: what arms have alike: "forwards" (a backward counts as two; scoring counts),
+            "seconds" (of full ZO, or of the first zeroth-order arm) or "steps" (refine's, whatever
+            they cost).
         threads: torch's threads; None: as they are.
         keep_models: keep every arm's checkpoint. A zeroth-order arm always keeps its replay log,
             from which ``zo-kernels replay`` makes it.
@@ -154,10 +155,10 @@ class StudyConfig:
             self._check_arm(arm)
 
     def _check_equal(self) -> None:
-        if self.equal == "forwards":
+        if self.equal != "seconds":
             if self.refine.seconds is not None:
                 raise ValueError(
-                    "refine.seconds: expected none where arms have equal forwards, got "
+                    f"refine.seconds: expected none where arms have equal {self.equal}, got "
                     f"{self.refine.seconds}"
                 )
             return

@@ -72,11 +72,11 @@ def _pairs(config: StudyConfig) -> list[tuple[str, str]]:
 
 
 def _notes(folder: StudyFolder, config: StudyConfig, scores: Scores | None) -> list[str]:
-    alike = (
-        "as many forwards (a backward counts as two, scoring counts)"
-        if config.equal == "forwards"
-        else "as much time as the first zeroth-order arm"
-    )
+    alike = {
+        "forwards": "as many forwards (a backward counts as two, scoring counts)",
+        "seconds": "as much time as the first zeroth-order arm",
+        "steps": f"{config.refine.steps} steps, at whatever cost (see the table of costs)",
+    }[config.equal]
     notes = [
         f"Every arm starts from the aligned model and has {alike}; training seeds "
         f"{', '.join(map(str, config.seeds))}. Differences are paired over prompts, noise "
