@@ -213,7 +213,8 @@ def test_terms_and_normalizations_by_hand():
     """One-sided: f(+) - f(0); quantization: f(block quantized) - f; both scaled to 0..1, added."""
     model = tiny_model("gpt2", layers=3)
     common = {"selected": 1, "kind": "all", "batch_size": 2, "estimator": "one-sided", "seed": 5}
-    scores = scored(model, **common, quant_weight=0.5, quantization="int3-asym-g8")
+    scaled = {"normalization": "minmax", "quantization": "int3-asym-g8"}
+    scores = scored(model, **common, quant_weight=0.5, **scaled)
     loss = Objective(model, fixed_batches(model, tiny_tokenizer(), tiny_encoded(), 2))
     assert scores.loss == loss() and scores.examples == 4
     streams = noise.model_streams(model)

@@ -50,8 +50,9 @@ class ScoreConfig:
         quantization: scheme of S_quant as ``zo-kernels evaluate`` has it, such as "int4-g64"; or
             "none".
         quant_weight: lambda, the factor of S_quant.
-        normalization: "minmax": both terms are scaled to 0..1 over the blocks before they are
-            added; "none": the sum as it is.
+        normalization: "none": the sum as it is, in nats; "minmax": both terms are scaled to 0..1
+            over the blocks before they are added, also one that says nothing (a model that int4
+            leaves as it is has rises of 1e-5 nats, which then weigh as much as the noise's).
         selected: m, how many blocks are chosen.
         kind: of the examples of the loss, "harmful" (the safety loss) or "all".
         examples: the first so many; None: all.
@@ -69,7 +70,7 @@ class ScoreConfig:
     estimator: str = "antithetic"
     quantization: str = "int4"
     quant_weight: float = 1.0
-    normalization: str = "minmax"
+    normalization: str = "none"
     selected: int = 4
     kind: str = HARMFUL
     examples: int | None = 32
