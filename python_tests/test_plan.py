@@ -23,7 +23,7 @@ from zo_kernels.cli.plan import parse_bytes
 from zo_kernels.pipeline.footprint import Work, forward_peak
 from zo_kernels.pipeline.plan import PREFERENCE, all_plans, choose, plan, plans
 from zo_kernels.pipeline.shapes import read_shape
-from zo_kernels.refine import align as align_module
+from zo_kernels.refine import first_order
 
 ROOT = Path(__file__).parents[1]
 LLAMA = ROOT / "configs" / "llama-3-8b-instruct"
@@ -128,7 +128,7 @@ def one_thread():
 def test_plan_is_what_torch_allocates(name, mode, tmp_path, monkeypatch, one_thread):
     """Within 10 %: the formulas leave out rotation tables and statistics of rows (gpt2: sums)."""
     half = torch.bfloat16 if mode == "autocast" else torch.float32
-    monkeypatch.setattr(align_module, "fast_dtype", lambda device: half)
+    monkeypatch.setattr(first_order, "fast_dtype", lambda device: half)
     monkeypatch.setattr("zo_kernels.pipeline.plan.fast_dtype", lambda device: half)
     mode = "align-adamw" if mode == "autocast" else mode
     MODELS[name].save_pretrained(tmp_path)
