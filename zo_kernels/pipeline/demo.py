@@ -46,7 +46,6 @@ def demo_config(
         return max(LEAST_SECONDS, 60 * minutes * share)
 
     align = AlignConfig(steps=40, lr=1e-4, seconds=seconds(ALIGN_SHARE), seed=seed)
-    levels = tuple(dict.fromkeys((0.05, eps)))
     config = StudyConfig(
         model="smollm2" if model is None else str(model),
         data=None if data is None else str(data),
@@ -60,15 +59,15 @@ def demo_config(
             steps=10_000, seconds=seconds(ARM_SHARE), lr=lr, eps=eps, max_length=256
         ),
         first_order=AlignConfig(lr=1e-4, schedule="constant", warmup=0.0),
-        # Text is generated clean, at scale eps and at int4.
+        # Six models are evaluated: few conditions, and text generated in two of them.
         evaluation=EvaluationConfig(
-            noise=levels,
+            noise=(eps,),
             draws=3,
             max_new_tokens=10,
             batch_size=16,
             max_prompts=16,
             perplexity_tokens=256,
-            generate_under=("clean", f"w{eps:g}", "int4"),
+            generate_under=("clean", "int4"),
             copy_weights=True,  # alignment takes more memory than that
         ),
         equal="seconds",

@@ -51,27 +51,33 @@ def metric_vs_noise(records: Sequence[dict[str, Any]], arms: Mapping[str, str]) 
     Returns:
         A PNG file, or None where no noise was evaluated. One line an arm, a point per training
         seed or, of one seed, per noise draw; a band (of many arms whiskers) of 95 % over seeds,
-        draws and prompts. Conditions in which a metric was not measured are left out; where some
+        draws and prompts. What was not measured is left out, conditions and metrics; where some
         values came out not finite the points of the others are there, and no mean.
 
     Raises:
         ImportError: matplotlib is missing.
     """
     kinds = [kind for kind in NOISES if any(r["kind"] == kind for r in whole(records))]
-    if not kinds:
+    panels = {
+        metric: words
+        for metric, words in PANELS.items()
+        if any(r[metric] is not None for r in whole(records) if r["kind"] in (CLEAN, *kinds))
+    }
+    if not kinds or not panels:
         return None
     with load_matplotlib().rc_context(STYLE):
         many = len(arms) > _BANDS
         if many:
-            figure = new_figure(15, 1.0 + 3.7 * len(kinds) * len(PANELS))
-            axes = figure.subplots(len(kinds) * len(PANELS), 1).reshape(len(kinds), len(PANELS))
+            figure = new_figure(15, 1.0 + 3.7 * len(kinds) * len(panels))
+            axes = figure.subplots(len(kinds) * len(panels), 1, squeeze=False)
+            axes = axes.reshape(len(kinds), len(panels))
         else:
             figure = new_figure(15, 0.6 + 4.4 * len(kinds))
-            axes = figure.subplots(len(kinds), len(PANELS), squeeze=False)
+            axes = figure.subplots(len(kinds), len(panels), squeeze=False)
         weights = [r["noise_kind"] for r in records]
         names = {WEIGHT_NOISE: NOISE_AXIS[weights[0]], ACTIVATION_NOISE: ACTIVATION_AXIS}
         for kind, row in zip(kinds, axes, strict=True):
-            for axis, (metric, (title, unit)) in zip(row, PANELS.items(), strict=True):
+            for axis, (metric, (title, unit)) in zip(row, panels.items(), strict=True):
                 _lines(
                     axis, [r for r in whole(records) if r["kind"] in (CLEAN, kind)], arms, metric
                 )
