@@ -22,7 +22,7 @@ from refine_memory import FIRST_ORDER, FOCUSED, FORWARD, LR, ZEROTH_ORDER, rando
 import zo_kernels as zk
 from zo_kernels import chat
 from zo_kernels.pipeline.timing import interleave, median_ratio, medians
-from zo_kernels.refine.checkpoint import load
+from zo_kernels.refine.checkpoint import fast_dtype, load
 from zo_kernels.refine.config import first_block
 from zo_kernels.refine.first_order import FirstOrder
 from zo_kernels.refine.objective import Objective, fixed_batches
@@ -36,7 +36,7 @@ DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 def few(dtype: str, count: int) -> int:
     """Default rounds; a bfloat16 forward takes a CPU without products of it many times as long."""
-    return count if dtype == "float32" else max(1, count // 3)
+    return count if dtype in ("float32", str(fast_dtype()).removeprefix("torch.")) else max(1, count // 3)
 
 
 @DTYPES

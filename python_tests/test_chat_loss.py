@@ -55,14 +55,12 @@ class FullLogits(nn.Module):
 
 
 class KeepsLogits(FullLogits):
-    """Accepts ``logits_to_keep`` and records or ignores it."""
+    """Accepts ``logits_to_keep`` and obeys or ignores it."""
 
-    asked: Tensor | None = None
     obey = True
 
     def forward(self, input_ids, attention_mask, logits_to_keep=0, labels=None):
         assert labels is None
-        self.asked = logits_to_keep
         keep = logits_to_keep if self.obey else 0
         return self.inner(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=keep)
 
@@ -97,13 +95,42 @@ def test_losses_equal_the_float64_reference(model, encoded, wrap):
     assert abs(mean - each.mean()) > 1e-2
 
 
-def test_only_the_needed_logits_are_asked_for(model, encoded):
-    wrapped = KeepsLogits(model)
-    chat.completion_loss(wrapped, chat.collate(encoded, pad_id=EOS))
-    first = min(e.prompt_length for e in encoded)
-    width = max(len(e.input_ids) for e in encoded)
-    assert isinstance(wrapped.asked, Tensor)
-    assert wrapped.asked.tolist() == list(range(first - 1, width - 1))
+def heads_input(model: nn.Module, batch: dict[str, Tensor]) -> list[int]:
+    """The shape of what the model's head gets for the loss of a batch."""
+    shapes = []
+    hook = model.lm_head.register_forward_pre_hook(
+        lambda module, args: shapes.append(list(args[0].shape))
+    )
+    with hook:
+        chat.completion_loss(model, batch)
+    [shape] = shapes
+    return shape
+
+
+def test_only_completions_have_logits(model, encoded):
+    tokens = sum(len(e.input_ids) - e.prompt_length for e in encoded)
+    assert heads_input(model, chat.collate(encoded, pad_id=EOS)) == [1, tokens, 16]
+
+
+def test_losses_of_a_compiled_model(model, encoded):
+    compiled = torch.compile(model, backend="eager")
+    for rows in (encoded, encoded[:2]):  # the second call has other shapes
+        batch = chat.collate(rows, pad_id=EOS)
+        assert torch.equal(
+            chat.completion_losses(compiled, batch), chat.completion_losses(model, batch)
+        )
+
+
+@pytest.mark.parametrize("index", [(), (slice(1, None),), (0, slice(None))])
+def test_a_model_that_takes_other_logits_is_refused(model, encoded, index):
+    class Odd(nn.Module):
+        def forward(self, input_ids, attention_mask, logits_to_keep=0):
+            states = model.model(input_ids, attention_mask=attention_mask).last_hidden_state
+            place = (*index[:1], logits_to_keep, *index[1:])
+            return SimpleNamespace(logits=states[place if index else logits_to_keep])
+
+    with pytest.raises(RuntimeError, match="logits_to_keep: expected a model that takes"):
+        chat.completion_loss(Odd(), chat.collate(encoded, pad_id=EOS))
 
 
 def test_a_model_that_ignores_logits_to_keep_is_refused(model, encoded):

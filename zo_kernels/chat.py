@@ -336,6 +336,31 @@ def completion_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return losses.sum(dim=1) / counts
 
 
+class _Rows(Tensor):
+    """Positions of all sequences of a batch, flat: states[:, rows, :] is [1, rows, hidden].
+
+    Models take ``logits_to_keep`` as an index of the length alone, so that the prompts' logits
+    beside the first completion of a batch would be computed and thrown away.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is not Tensor.__getitem__ or isinstance(args[0], cls):
+            return super().__torch_function__(func, types, args, kwargs or {})
+        states, index = args
+        index = index if isinstance(index, tuple) else (index,)
+        others = index[:1] + index[2:]
+        if not others or any(other != slice(None) for other in others) or len(index) > 3:
+            raise RuntimeError(
+                "logits_to_keep: expected a model that takes states[:, logits_to_keep, :], got one "
+                f"with {len(index)} indices: {', '.join(map(repr, index))}"
+            )
+        rows = index[1].as_subclass(Tensor).to(states.device)  # a head may lie on another GPU
+        return states.flatten(0, 1)[rows][None]
+
+
 def _token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Losses float32 [batch, positions] (0 outside completions) and token counts [batch]."""
     labels = batch["labels"]
@@ -348,28 +373,23 @@ def _token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor
             "labels: expected a completion in every row, starting after position 0, got "
             f"{counts.tolist()} completion tokens, the first at position {first}"
         )
-    width = labels.shape[1]
+    # The logits at position t predict token t + 1.
+    following = F.pad(wanted[:, 1:], (0, 1))
     accepted = inspect.signature(model.forward).parameters
     extra: dict[str, Any] = {}
     if "logits_to_keep" in accepted:
-        # The logits at position t predict token t + 1; the prompt's would be thrown away.
-        extra["logits_to_keep"] = torch.arange(first - 1, width - 1, device=labels.device)
+        extra["logits_to_keep"] = following.flatten().nonzero()[:, 0].as_subclass(_Rows)
     if "use_cache" in accepted:
         extra["use_cache"] = False
     logits = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **extra
     ).logits
-    expected = (labels.shape[0], width - first if "logits_to_keep" in extra else width)
+    expected = (1, int(counts.sum())) if "logits_to_keep" in extra else tuple(labels.shape)
     if logits.dim() != 3 or tuple(logits.shape[:2]) != expected:
         raise RuntimeError(
             f"logits: expected [{expected[0]}, {expected[1]}, vocabulary], got {list(logits.shape)}"
         )
-    if "logits_to_keep" not in extra:
-        logits = logits[:, first - 1 : -1]
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1),
-        labels[:, first:].flatten(),
-        ignore_index=IGNORED,
-        reduction="none",
-    )
-    return losses.view(labels.shape[0], width - first), counts
+    logits = logits[0] if "logits_to_keep" in extra else logits[following]
+    losses = logits.new_zeros(labels.shape, dtype=torch.float32)
+    losses[following] = F.cross_entropy(logits.float(), labels[wanted], reduction="none")
+    return losses, counts

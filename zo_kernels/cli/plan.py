@@ -44,8 +44,7 @@ def add_commands(commands: Any, make: Any) -> None:
     command.add_argument(
         "--completion",
         type=int,
-        help="positions from the batch's first completion token to its end, which have logits "
-        "(default: all but one)",
+        help="tokens of a sequence whose losses are taken (default: all but one)",
     )
     command.add_argument(
         "--micro-batches", type=int, default=1, help="forwards per evaluation of the loss"

@@ -2,7 +2,7 @@
 
 The model of it, per decoder block; all formulas are bytes, checked against measured peaks:
 
-    B sequences of T tokens, N = B T; C completion positions of each, M = B C
+    B sequences of T tokens, N = B T; C completion tokens of each, M = B C
     H hidden width, Q and K width of all query and all key heads, F inner width of the MLP,
     V vocabulary, h heads
     e bytes of a weight, a bytes of what linears give (2 under autocast, else e), g of a gradient
@@ -54,7 +54,7 @@ class Work:
     Attributes:
         rows: sequences in a batch.
         length: tokens of each, padding included.
-        completion: positions from the first completion token of the batch to its end.
+        completion: tokens of each whose losses are taken.
         weight_bytes: of one weight.
         output_bytes: of one element that a linear gives: 2 under autocast.
     """

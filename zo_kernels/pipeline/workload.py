@@ -20,8 +20,7 @@ class Workload:
         device: "cuda" or "cpu".
         batch_size: sequences in one forward; for "dpo" pairs, of two sequences each.
         length: tokens of the longest.
-        completion: positions from the first completion token of a batch to its end; None: all but
-            one.
+        completion: tokens of a sequence whose losses are taken, on average; None: all but one.
         micro_batches: forwards per evaluation, one after the other.
         queries: directions per step.
         eps: perturbation in units of each tensor's standard deviation; of "align-noise" the noise.
