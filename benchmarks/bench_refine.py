@@ -36,7 +36,8 @@ DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 def few(dtype: str, count: int) -> int:
     """Default rounds; a bfloat16 forward takes a CPU without products of it many times as long."""
-    return count if dtype in ("float32", str(fast_dtype()).removeprefix("torch.")) else max(1, count // 3)
+    fast = getattr(torch, dtype) in (torch.float32, fast_dtype())
+    return count if fast else max(1, count // 3)
 
 
 @DTYPES
