@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from tiny_study import CONFIGS
+from tiny_study import CONFIGS, run, small_config, write_files
 
 from zo_kernels.pipeline.study_config import ARMS, Arm, StudyConfig
 from zo_kernels.pipeline.study_file import read_study
 from zo_kernels.refine.config import RefineConfig
+from zo_kernels.refine.scores import ScoreConfig
 
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
@@ -153,3 +154,31 @@ def test_configurations_made_by_hand_are_checked_too():
         replace(config, seeds=(1, 1)).check()
     assert config.forwards() == 2 * 200 * 8
     assert replace(config, refine=RefineConfig(queries=3, steps=2)).forwards() == 2 * 3 * 2 * 8
+
+
+@pytest.mark.parametrize(
+    ("arm", "changes", "message"),
+    [
+        (
+            "zo_robust",
+            {"score": ScoreConfig(selected=3)},
+            r"score\.selected: expected at most the model's 2 decoder blocks, got 3",
+        ),
+        (
+            Arm("late", "zo", options={"layers": (2,)}),
+            {},
+            r"arms\.late: layers: expected 0 to 1, got 2",
+        ),
+        (
+            Arm("own", "zo", options={"parameters": "*.gone"}),
+            {},
+            r"arms\.own: .*'\*\.gone'",
+        ),
+    ],
+    ids=["selected", "layers", "parameters"],
+)
+def test_blocks_that_the_model_lacks_are_refused_before_anything(arm, changes, message, tmp_path):
+    config = small_config(write_files(tmp_path), arm, **changes)
+    with pytest.raises(ValueError, match=message):
+        run(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from zo_kernels.blocks import decoder_blocks, is_conv1d, linear_layers
-from zo_kernels.refine.refiner import select_parameters
+from zo_kernels.refine.checkpoint import skeleton
+from zo_kernels.refine.config import select_parameters
 
 _ALIGNMENT = 64  # bytes, between two copies in one scratch: as ``modes.reads.Scratch``
 _COMPOSED = ("gelu_new", "gelu_fast", "gelu_accurate")  # of many torch functions, not of one
@@ -107,25 +107,10 @@ def read_shape(config: str | os.PathLike[str], dtype: torch.dtype) -> ModelShape
 
     Raises:
         FileNotFoundError: there is no config.json.
-        ValueError: no causal language model that transformers knows without code of the model's
-            own, or one whose decoder blocks are not attention and one MLP of linears: names what.
+        ValueError: as of ``checkpoint.skeleton``, or decoder blocks that are not attention and one
+            MLP of linears: names what.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    path = Path(config)
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file() or file.suffix != ".json":
-        raise FileNotFoundError(
-            f"model: expected a Hugging Face directory with config.json, or a config.json: {path}"
-        )
-    try:
-        read = AutoConfig.from_pretrained(file)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(read, dtype=dtype).eval()
-    except (ValueError, OSError, KeyError) as error:
-        raise ValueError(
-            f"{file}: expected the config of a causal language model, got: {error}"
-        ) from error
+    model = skeleton(config, dtype)
     text = model.config
     heads = text.num_attention_heads
     keys = getattr(text, "num_key_value_heads", None) or heads

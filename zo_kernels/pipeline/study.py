@@ -94,6 +94,7 @@ class Study:
             self.base = prepare(progress=self.say)
         else:
             self.base = checkpoint.expect(config.model)
+        config.check_model(checkpoint.skeleton(self.base))
         self._open()
         self._evaluate("base", None, lambda: checkpoint.load(self.base, dtype=config.dtype))
         self.aligned = self._align()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from zo_kernels.blocks import decoder_blocks
 from zo_kernels.optim import ZOSGD
 from zo_kernels.refine.align import AlignConfig
-from zo_kernels.refine.config import RefineConfig
+from zo_kernels.refine.config import RefineConfig, select_parameters
 from zo_kernels.refine.scores import ScoreConfig
 from zo_kernels.refine.selection import RULES
 from zo_kernels.robustness.conditions import EvaluationConfig
@@ -207,6 +209,27 @@ class StudyConfig:
                     f"{where}: expected like: an arm with a replay log, got {arm.like!r} in mode "
                     "'mezo'"
                 )
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ValueError for blocks or parameters that a model does not have.
+
+        Args:
+            model: may be on the meta device.
+        """
+        blocks = len(decoder_blocks(model))
+        for arm in self.arms:
+            if arm.kind != "zo":
+                continue
+            if arm.blocks != "all" and self.score.selected > blocks:
+                raise ValueError(
+                    f"score.selected: expected at most the model's {blocks} decoder blocks, got "
+                    f"{self.score.selected}"
+                )
+            config = self.refinement(arm, 0, 1, None)
+            _within(
+                f"arms.{arm.name}",
+                partial(select_parameters, model, config.parameters, config.layers),
+            )
 
     def forwards(self) -> float:
         """The cost that every arm has, in forwards of one example, where they have equal ones."""

@@ -75,6 +75,36 @@ def load(
     return model.to(device).eval(), tokenizer
 
 
+def skeleton(config: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Any:
+    """The model that a Hugging Face directory, or its config.json, describes, on the meta device.
+
+    Args:
+        config: the directory or the file.
+        dtype: of the parameters.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: no causal language model that transformers knows without code of the model's
+            own.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = Path(config)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file() or file.suffix != ".json":
+        raise FileNotFoundError(
+            f"model: expected a Hugging Face directory with config.json, or a config.json: {path}"
+        )
+    try:
+        read = AutoConfig.from_pretrained(file)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(read, dtype=dtype).eval()
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(
+            f"{file}: expected the config of a causal language model, got: {error}"
+        ) from error
+
+
 def expect(directory: str | os.PathLike[str]) -> Path:
     """The path of a Hugging Face directory.
 

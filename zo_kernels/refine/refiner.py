@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import time
@@ -27,8 +26,9 @@ from zo_kernels.refine.curvature import Curvature, measure_curvature
 from zo_kernels.refine.held_out import EarlyStop, held_out_part, noisy_loss
 from zo_kernels.refine.objective import Objective, fixed_batches
 from zo_kernels.refine.prefix import PrefixCache
+from zo_kernels.refine.run_log import check_run, description, read_run, recall
 from zo_kernels.refine.scores import Scores
-from zo_kernels.replay import Log, read_log, replay_
+from zo_kernels.replay import Log
 from zo_kernels.robustness.conditions import parse_scheme
 from zo_kernels.views import quantized
 
@@ -134,7 +134,7 @@ class ZORefiner:
             if not held:
                 raise ValueError("held_out: expected examples for held_out_every, got none")
         watched = self._objective(held) if held else None
-        known = self._known(Path(log)) if log is not None and resume else None
+        known = read_run(Path(log)) if log is not None and resume else None
         with self._prefix or nullcontext():
             done = 0 if known is None else len(known.steps)
             batches = batch_stream(
@@ -150,7 +150,8 @@ class ZORefiner:
                 self._warm_start(scores)
             if watched is not None and config.patience:
                 self.early_stop = EarlyStop(self.parameters, config.patience)
-                self._recall(known, earlier)
+                if known is not None:
+                    recall(self.early_stop, known, self.parameters, earlier, config.held_out_every)
             if log is not None:
                 self._open_log(Path(log), {"data": encoded, "held_out": held}, known, progress)
             if self.early_stop is not None and self._last_unknown(done):
@@ -319,40 +320,6 @@ class ZORefiner:
         if scales:
             self.optimizer.warm_start(directions, scales)
 
-    def _known(self, path: Path) -> Log:
-        """The log of a run that goes on.
-
-        Raises:
-            ValueError: it is not a refinement's.
-        """
-        known = read_log(path)
-        if not isinstance(known.header.user, dict) or "options" not in known.header.user:
-            raise ValueError(f"{path}: expected the log of a refinement, got another one")
-        return known
-
-    def _recall(self, known: Log | None, earlier: Sequence[Mapping[str, Any]]) -> None:
-        """Let early stopping know of the steps before, and of the best weights among them.
-
-        Raises:
-            ValueError: a measurement is missing that is not of the last step.
-        """
-        done = 0 if known is None else len(known.steps)
-        losses = {r["step"] + 1: r["held_out_loss"] for r in earlier if "held_out_loss" in r}
-        weights = {name: p.detach().clone() for name, p in self.parameters.items()} if done else {}
-        state, at = None, 0
-        for steps in range(self.config.held_out_every, done + 1, self.config.held_out_every):
-            if steps not in losses:
-                if steps == done:  # the run ended between the step and its record
-                    break
-                raise ValueError(
-                    f"earlier: expected the held-out loss after {steps} steps, which early "
-                    "stopping needs to go on, got none"
-                )
-            loss = math.nan if losses[steps] is None else float(losses[steps])  # null in JSON
-            if loss < self.early_stop.best:
-                state, at = replay_(weights, known, start=at, stop=steps, state=state), steps
-            self.early_stop.note(steps, loss, weights)
-
     def _last_unknown(self, done: int) -> bool:
         """Whether the measurement after the last step of a log is missing."""
         every = self.config.held_out_every
@@ -366,33 +333,14 @@ class ZORefiner:
         progress: Progress | None,
     ) -> None:
         """Begin the replay log, or take the weights to its end."""
-        digests = {name: _digest(encoded) for name, encoded in examples.items() if encoded}
-        free = ("steps", "seconds") if self.config.schedule == "constant" else ("seconds",)
-        options = {k: v for k, v in asdict(self.config).items() if k not in free}
-        options["layers"] = options["layers"] and list(options["layers"])  # as JSON has it
+        lr = float(self.optimizer.param_groups[0]["initial_lr"])
+        wanted = description(self.config, examples, lr)
         if known is None:
-            lr = float(self.optimizer.param_groups[0]["initial_lr"])
-            user = {"options": options, **digests, "lr": lr}
-            self.optimizer.start_log(path, user=user)
+            self.optimizer.start_log(path, user=wanted)
             return
-        logged = known.header.user
-        # An option that an older version did not know had its default.
-        taken = asdict(RefineConfig()) | logged["options"]
-        for name, value in options.items():
-            if taken[name] != value:
-                raise ValueError(f"{name}: expected {taken[name]!r} as in {path}, got {value!r}")
-        for name, digest in digests.items():
-            if logged.get(name) != digest:
-                raise ValueError(
-                    f"{name}: expected the examples with which {path} began, got others"
-                )
+        check_run(path, known, wanted)
         done = self.optimizer.resume_log(path, progress=progress)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             self.scheduler.last_epoch = done - 1
             self.scheduler.step()
-
-
-def _digest(encoded: Sequence[Encoded]) -> str:
-    """A fingerprint of examples."""
-    return hashlib.sha256(repr([asdict(item) for item in encoded]).encode()).hexdigest()

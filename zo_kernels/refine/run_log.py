@@ -1,0 +1,106 @@
+"""What a refinement's replay log says of its run, and what a run that goes on with it needs."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from zo_kernels.chat import Encoded
+from zo_kernels.refine.config import RefineConfig
+from zo_kernels.refine.held_out import EarlyStop
+from zo_kernels.replay import Log, read_log, replay_
+
+
+def description(
+    config: RefineConfig, examples: Mapping[str, Sequence[Encoded]], lr: float
+) -> dict[str, Any]:
+    """What a log's header has under ``user``: the options, the examples' digests, the rate.
+
+    Options that a run may change when it goes on (``seconds``; ``steps`` where no schedule depends
+    on them) are left out.
+
+    Args:
+        config: of the run.
+        examples: by the name of their use; no digest of an empty use.
+        lr: before the schedule.
+    """
+    free = ("steps", "seconds") if config.schedule == "constant" else ("seconds",)
+    options = {name: value for name, value in asdict(config).items() if name not in free}
+    options["layers"] = options["layers"] and list(options["layers"])  # as JSON has it
+    digests = {name: _digest(encoded) for name, encoded in examples.items() if encoded}
+    return {"options": options, **digests, "lr": lr}
+
+
+def read_run(path: Path) -> Log:
+    """The log of a refinement.
+
+    Raises:
+        ValueError: it is another one's.
+    """
+    log = read_log(path)
+    if not isinstance(log.header.user, dict) or "options" not in log.header.user:
+        raise ValueError(f"{path}: expected the log of a refinement, got another one")
+    return log
+
+
+def check_run(path: Path, log: Log, wanted: Mapping[str, Any]) -> None:
+    """Raise ValueError, which names what differs, if a log is not of the run of a description."""
+    logged = log.header.user
+    # An option that an older version did not know had its default.
+    taken = asdict(RefineConfig()) | logged["options"]
+    for name, value in wanted["options"].items():
+        if taken[name] != value:
+            raise ValueError(f"{name}: expected {taken[name]!r} as in {path}, got {value!r}")
+    for name in wanted.keys() - {"options", "lr"}:
+        if logged.get(name) != wanted[name]:
+            raise ValueError(f"{name}: expected the examples with which {path} began, got others")
+
+
+def recall(
+    early_stop: EarlyStop,
+    log: Log,
+    parameters: Mapping[str, Tensor],
+    earlier: Sequence[Mapping[str, Any]],
+    every: int,
+) -> None:
+    """Let early stopping know of the steps of a log, and of the best weights among them.
+
+    The measurement after the last step may be missing: the run ended before its record was there.
+
+    Args:
+        early_stop: of which no measurement is known.
+        log: of the run that goes on.
+        parameters: those with which it began, by name; not written.
+        earlier: the records of its steps.
+        every: steps between two measurements.
+
+    Raises:
+        ValueError: another measurement is missing.
+    """
+    done = len(log.steps)
+    losses = {r["step"] + 1: r["held_out_loss"] for r in earlier if "held_out_loss" in r}
+    weights = {name: p.detach().clone() for name, p in parameters.items()} if done else {}
+    state, at = None, 0
+    for steps in range(every, done + 1, every):
+        if steps not in losses:
+            if steps == done:
+                break
+            raise ValueError(
+                f"earlier: expected the held-out loss after {steps} steps, which early "
+                "stopping needs to go on, got none"
+            )
+        loss = math.nan if losses[steps] is None else float(losses[steps])  # null in JSON
+        if loss < early_stop.best:
+            state, at = replay_(weights, log, start=at, stop=steps, state=state), steps
+        early_stop.note(steps, loss, weights)
+
+
+def _digest(encoded: Sequence[Encoded]) -> str:
+    """A fingerprint of examples."""
+    return hashlib.sha256(repr([asdict(item) for item in encoded]).encode()).hexdigest()
