@@ -143,7 +143,8 @@ def test_demo_and_its_resumption(demo, tmp_path, monkeypatch, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MetricsLog, "write", stop_at(MetricsLog.write, "records/more_fo-0.jsonl"))
         assert run(*demo) == 130
-    before = {p: p.read_bytes() for p in (out / "training").iterdir()}
+    before = {p: p.read_bytes() for p in (out / "training").iterdir() if p.is_file()}
+    assert (out / "training" / "more_fo-0.model" / "config.json").exists()
     assert len(read_records(out / "records" / "more_fo-0.jsonl")) == 1
     capsys.readouterr()
     assert run(*demo) == 0
@@ -229,6 +230,21 @@ def test_run_with_options_instead_of_the_files(files, tmp_path, monkeypatch, cap
     assert seen[0] == 1 and len(seen) == 2
     assert run(*arguments, "--seeds", 3, 3) == 1
     assert "seeds: expected some, each once, got [3, 3]" in capsys.readouterr().err
+    assert run(*arguments, "--device", "meta", "--out", tmp_path / "meta") == 1
+    assert "device: expected cpu or cuda, got 'meta'" in capsys.readouterr().err
+    assert not (tmp_path / "meta").exists()
+
+
+def test_studies_of_one_name_have_folders_of_their_own(tmp_path, monkeypatch):
+    places = []
+    monkeypatch.setattr("zo_kernels.cli.study._study", lambda config, out: places.append(out))
+    for folder in ("configs/a", "configs/b/c", "configs", "other"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "own.yaml").write_text("model: smollm2\n")
+        assert run("run", "--config", tmp_path / folder / "own.yaml") == 0
+    assert [out.as_posix() for out in places] == [
+        "runs/a-own", "runs/b-c-own", "runs/own", "runs/own",
+    ]  # fmt: skip
 
 
 def scoring(files, out):

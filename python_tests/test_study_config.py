@@ -174,10 +174,20 @@ def test_configurations_made_by_hand_are_checked_too():
             {},
             r"arms\.own: .*'\*\.gone'",
         ),
+        (
+            "zo_robust",
+            {"score": ScoreConfig(quantization="int4-g128", selected=1)},
+            r"score\.quantization: group_size: expected a divisor of 32, .*, got 128",
+        ),
+        (
+            "zo_robust",
+            {"score": ScoreConfig(max_length=6, selected=1)},
+            r"score: example 0: expected a prompt of 1 to 5 tokens",
+        ),
     ],
-    ids=["selected", "layers", "parameters"],
+    ids=["selected", "layers", "parameters", "groups", "prompts"],
 )
-def test_blocks_that_the_model_lacks_are_refused_before_anything(arm, changes, message, tmp_path):
+def test_what_the_model_cannot_do_is_refused_before_anything(arm, changes, message, tmp_path):
     config = small_config(write_files(tmp_path), arm, **changes)
     with pytest.raises(ValueError, match=message):
         run(config, tmp_path / "out")

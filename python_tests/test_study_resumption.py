@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -11,13 +12,15 @@ import pytest
 import torch
 from tiny_study import counted, run, small_config, stopped, write_files
 
-from zo_kernels import cli
+from zo_kernels import cli, memory
 from zo_kernels.pipeline import arms as arms_module
+from zo_kernels.pipeline.study import Study
 from zo_kernels.pipeline.study_config import ARMS, Arm
 from zo_kernels.pipeline.study_folder import StudyFolder
 from zo_kernels.refine import checkpoint
 from zo_kernels.refine.first_order import FirstOrder
 from zo_kernels.refine.records import MetricsLog, read_records
+from zo_kernels.refine.refiner import ZORefiner
 from zo_kernels.replay import read_log
 
 NAMES = ("zo_robust", "more_fo", "walk_robust")
@@ -118,6 +121,31 @@ def test_stopped_at_every_stage_it_ends_the_same(finished, tmp_path, monkeypatch
     assert untimed[0] == untimed[1]
 
 
+def test_peaks_of_all_lives_count(root, tmp_path, monkeypatch):
+    """Here the first life's, in which training takes more memory than in the next."""
+    grown = 900
+    readings = itertools.cycle([100, 100 + grown])
+    monkeypatch.setattr(memory, "resident_peak", lambda: next(readings))
+    monkeypatch.setattr(arms_module, "_SAVE_EVERY", 2)
+    config, out = small_config(root, "zo_robust"), tmp_path / "out"
+    for place, name, where in (
+        (FirstOrder, "step", ""),
+        (MetricsLog, "write", "scores.jsonl"),
+        (MetricsLog, "write", "training/zo_robust-0.jsonl"),
+    ):
+        grown = 900
+        readings = itertools.cycle([100, 100 + grown])
+        with stopped(place, name, 4, where):
+            run(config, out)
+        readings = itertools.cycle([100, 107])
+    run(config, out)
+    folder = StudyFolder(out)
+    assert folder.trained("aligned", None).peak_bytes == folder.trained("zo_robust", 0).peak_bytes
+    assert folder.trained("aligned", None).peak_bytes == grown
+    assert json.loads((out / "scoring.json").read_text()) == {"peak_bytes": grown}
+    assert not list(out.rglob("*.peak"))
+
+
 @pytest.mark.parametrize(
     "moment", ["before the note", "before it is removed", "while it is removed"]
 )
@@ -136,15 +164,16 @@ def test_stopped_around_a_checkpoint(moment, copy, monkeypatch):
         original = getattr(place, name)
 
         def stop(path, *args, **options):
-            wanted = {"while it is removed": ".gone-more_fo-0", "before the note": ""}
+            wanted = {"while it is removed": ".gone-more_fo-0.model", "before the note": ""}
             if wanted.get(moment, "more_fo-0") not in str(path):
                 return original(path, *args, **options)
             raise KeyboardInterrupt
 
         patch.setattr(place, name, stop)
         run(config, out)
-    left = {p.name for p in (out / "models").iterdir()}
-    assert left == {".gone-more_fo-0" if moment == "while it is removed" else "more_fo-0"}
+    left = {p.name for p in (out / "training").iterdir() if p.is_dir()}
+    prefix = ".gone-" if moment == "while it is removed" else ""
+    assert left == {f"{prefix}more_fo-0.model"}
     done = counted(monkeypatch)
     run(config, out)
     again = ["train more_fo-0", "evaluate more_fo"] if moment == "before the note" else []
@@ -223,8 +252,111 @@ def test_other_data_is_refused_whatever_its_name(copy, root, tmp_path):
     moved = tmp_path / "moved.jsonl"
     moved.write_text((root / "data.jsonl").read_text())
     assert contents(out) == before
+    # With another one held out they are not.
+    rows = [json.loads(line) for line in moved.read_text().splitlines()]
+    split = [row | {"split": "train" if i else "held_out"} for i, row in enumerate(rows)]
+    (tmp_path / "split.jsonl").write_text("\n".join(map(json.dumps, split)))
+    with pytest.raises(ValueError, match=r"differs in data, held_out$"):
+        run(replace(config, data=str(tmp_path / "split.jsonl")), out)
+    assert contents(out) == before
     run(replace(config, data=str(moved)), out)
     assert evaluated(out) == before[(out / "evaluation.jsonl").relative_to(out)]
+
+
+def test_another_model_is_refused_whatever_its_place(copy, root, tmp_path):
+    config, out = copy
+    before = contents(out)
+    moved = shutil.copytree(root / "base", tmp_path / "moved")
+    model, tokenizer = checkpoint.load(moved, dtype="float32")
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1e-3
+    checkpoint.save(model, tokenizer, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"differs in model$"):
+        run(replace(config, model=str(tmp_path / "other")), out)
+    assert contents(out) == before
+    run(replace(config, model=str(moved)), out)
+    assert evaluated(out) == before[(out / "evaluation.jsonl").relative_to(out)]
+
+
+@pytest.mark.parametrize("at", [(0, 1), (1,)], ids=["always", "with one seed"])
+def test_what_cannot_be_trained_is_left_out_and_named(at, root, tmp_path, monkeypatch):
+    """The others are trained, reported and kept; without it the study is complete."""
+    names = ("zo_full", "walk", "zo_random", "more_fo")
+    config = small_config(root, *names, align=None, seeds=(0, 1))
+    out, original = tmp_path / "out", ZORefiner.run
+
+    def fail(refiner, *args, **options):
+        if refiner.config.layers is None and refiner.config.seed in at and "log" in options:
+            raise ValueError("lr: expected noise that raises the loss")
+        return original(refiner, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ZORefiner, "run", fail)
+        message = (
+            r"the report in .*out is without zo_full, walk: arms\.zo_full, seed "
+            rf"{at[0]}: lr: expected noise that raises the loss; it is like zo_full"
+        )
+        with pytest.raises(ValueError, match=message):
+            run(config, out)
+    labels = {record["label"] for record in read_records(out / "evaluation.jsonl")}
+    assert labels == {"base", "aligned", "lr0", "zo_random", "more_fo"}
+    done = counted(monkeypatch)
+    run(replace(config, arms=config.arms[2:]), out)
+    assert done == []
+    # And mended it is trained.
+    run(config, out)
+    assert [line for line in done if line.startswith("train")] == [f"train zo_full-{n}" for n in at]
+    assert {r["label"] for r in read_records(out / "evaluation.jsonl")} == labels | {
+        "zo_full", "walk",
+    }  # fmt: skip
+
+
+def test_an_arm_whose_time_others_have_ends_the_study(root, tmp_path, monkeypatch):
+    config = small_config(root, "zo_full", "more_fo", equal="seconds", align=None)
+    config = replace(config, refine=replace(config.refine, seconds=1.0))
+    original = ZORefiner.run
+
+    def fail(refiner, *args, **options):
+        if "log" in options:
+            raise FloatingPointError("no number")
+        return original(refiner, *args, **options)
+
+    monkeypatch.setattr(ZORefiner, "run", fail)
+    done = counted(monkeypatch)
+    with pytest.raises(ValueError, match=r"^arms\.zo_full, seed 0: no number"):
+        run(config, tmp_path / "out")
+    assert "train more_fo-0" not in done
+
+
+def test_models_are_kept_later_where_a_log_makes_them(copy, monkeypatch):
+    """And one that was kept is not taken away."""
+    config, out = copy
+    said: list[str] = []
+    Study(replace(config, keep_models=True), out, said.append).run()
+    assert {p.name for p in (out / "models").iterdir()} == {"zo_robust-0", "walk_robust-0"}
+    assert "more_fo-0: trained without keep_models, so that its model is gone" in said
+    folder = StudyFolder(out)
+    for name in ("zo_robust", "walk_robust"):
+        model, _ = checkpoint.load(folder.model(name, 0), dtype="float32")
+        assert checkpoint.fingerprint(model) == folder.trained(name, 0).fingerprint
+    done = counted(monkeypatch)
+    run(config, out)
+    assert done == [] and len(list((out / "models").iterdir())) == 2
+
+
+def test_everything_is_loaded_to_the_device(root, tmp_path, monkeypatch):
+    """In every stage, and where a log makes the model."""
+    devices = []
+    original = checkpoint.load
+
+    def load(*args, device="cpu", **options):
+        devices.append(device)
+        return original(*args, **options)
+
+    monkeypatch.setattr(checkpoint, "load", load)
+    config = small_config(root, "zo_robust", "more_fo", "walk_robust")
+    run(replace(config, device="cuda:1"), tmp_path / "out")
+    assert len(devices) > 8 and set(devices) == {"cuda:1"}
 
 
 @pytest.mark.parametrize("message", ARM)
@@ -304,7 +436,7 @@ def test_arms_of_equal_seconds(limit, root, tmp_path, monkeypatch):
         assert folder.trained(name, 0).config["seconds"] == first.seconds
     assert folder.trained("zo_random", 0).steps == first.steps
     assert folder.trained("more_fo", 0).steps < first.steps  # which look at the clock twice
-    assert folder.trained("walk", 0).config["length"] > 0
+    assert folder.trained("walk", 0).steps == first.steps
     # Stopped behind its last step, an arm takes no further one.
     (out / "training" / "zo_full-0.json").unlink()
     run(config, out)

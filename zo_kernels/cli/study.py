@@ -19,9 +19,14 @@ def add_commands(commands: Any, make: Any) -> None:
     """
     command = make(commands, "run", _run, "a study: align, score, refine, and every control")
     command.add_argument("--config", type=Path, required=True, help="YAML file; see configs/")
-    command.add_argument("--out", type=Path, help="folder of the study (default: runs/<config>)")
+    command.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the study (default: runs/<config>, with its folders below configs/)",
+    )
     for name in ("model", "data", "text"):
         command.add_argument(f"--{name}", type=Path, help=f"instead of the file's {name}")
+    command.add_argument("--device", help="torch device, instead of the file's (default: cpu)")
     command.add_argument("--threads", type=int, help="torch's threads, instead of the file's")
     command.add_argument(
         "--seeds", type=int, nargs="+", help="training seeds, instead of the file's"
@@ -37,6 +42,7 @@ def add_commands(commands: Any, make: Any) -> None:
         "--lr", type=number_or_word, default=1e-3, help="refinement learning rate, or auto"
     )
     command.add_argument("--seed", type=int, default=0, help="training seed")
+    command.add_argument("--device", default="cpu", help="torch device")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -47,17 +53,28 @@ def _run(options: argparse.Namespace) -> None:
     config = read_study(options.config)
     given = {name: getattr(options, name) for name in ("model", "data", "text")}
     changes = {name: str(path) for name, path in given.items() if path is not None}
-    if options.threads is not None:
-        changes["threads"] = options.threads
+    for name in ("device", "threads"):
+        if getattr(options, name) is not None:
+            changes[name] = getattr(options, name)
     if options.seeds is not None:
         changes["seeds"] = tuple(options.seeds)
-    _study(replace(config, **changes), options.out or Path("runs") / options.config.stem)
+    _study(replace(config, **changes), options.out or _place(options.config))
+
+
+def _place(config: Path) -> Path:
+    """Where a study goes that nobody gave a folder.
+
+    mine.yaml -> runs/mine, configs/qwen2-7b-instruct/ours.yaml -> runs/qwen2-7b-instruct-ours
+    """
+    folders = config.resolve().parent.parts
+    below = folders[folders.index("configs") + 1 :] if "configs" in folders else ()
+    return Path("runs") / "-".join([*below, config.stem])
 
 
 def _demo(options: argparse.Namespace) -> None:
     from zo_kernels.pipeline.demo import demo_config
 
-    names = ("model", "data", "minutes", "eps", "lr", "seed")
+    names = ("model", "data", "minutes", "eps", "lr", "seed", "device")
     _study(demo_config(**{name: getattr(options, name) for name in names}), options.out)
 
 

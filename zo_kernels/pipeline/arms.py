@@ -6,15 +6,17 @@ again are not counted, and choosing blocks counts for the arm that needs it.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from zo_kernels import noise, ops
+from zo_kernels import noise
 from zo_kernels.blocks import decoder_blocks
 from zo_kernels.chat import Encoded, Example, encode
+from zo_kernels.files import write_file
 from zo_kernels.memory import PeakMemory
 from zo_kernels.progress import Progress
 from zo_kernels.refine import checkpoint
@@ -27,7 +29,9 @@ from zo_kernels.refine.records import MetricsLog, logged_records, write_records
 from zo_kernels.refine.refiner import CALIBRATION_BATCHES, ZORefiner
 from zo_kernels.refine.scores import ScoreConfig, Scores
 from zo_kernels.refine.selection import select_blocks
-from zo_kernels.replay import Log, read_log
+from zo_kernels.replay import Log, check_base, read_log, replay_
+from zo_kernels.replay.apply import CHUNK, Replica, chunks
+from zo_kernels.replay.updates import logged_updates
 
 BACKWARD = 2
 """Forwards that a backward takes the time of."""
@@ -40,11 +44,10 @@ class Trained:
 
     Attributes:
         config: as it was asked for: a ``RefineConfig`` or ``AlignConfig`` as JSON has it, or the
-            walk's length.
+            walk's seed.
         steps: taken.
         seconds: of the steps.
         cost: in forwards of one example.
-        per_step: examples of a step, the unit of a report's forwards.
         peak_bytes: at most in use over what the loaded model takes.
         model_bytes: of its weights.
         fingerprint: of the weights that came out.
@@ -56,12 +59,37 @@ class Trained:
     steps: int
     seconds: float
     cost: float
-    per_step: int
     peak_bytes: int
     model_bytes: int
     fingerprint: str
     lr: float | None
     asked: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def peak_of_all(path: Path, device: Any) -> Iterator[Callable[[], int]]:
+    """Measure the peak over what was in use before, those of earlier calls that broke off included.
+
+    Args:
+        path: file in which a peak is kept when the block ends in an exception.
+        device: of the model.
+
+    Yields:
+        What gives the peak in bytes, after the block. A call that was killed has left none.
+    """
+    earlier = json.loads(path.read_text("utf-8")) if path.exists() else 0
+    memory = PeakMemory(device)
+
+    def peak() -> int:
+        return max(earlier, memory.peak - memory.before)
+
+    try:
+        with memory:
+            yield peak
+    except BaseException:
+        write_file(path, f"{peak()}\n")
+        raise
+    path.unlink(missing_ok=True)
 
 
 def refine_arm(
@@ -71,7 +99,6 @@ def refine_arm(
     config: RefineConfig,
     stem: Path,
     *,
-    scores: Scores | None = None,
     progress: Progress | None = None,
 ) -> Trained:
     """Refine a model, going on where an interrupted call stopped.
@@ -81,7 +108,6 @@ def refine_arm(
         tokenizer, encoded: as for ``ZORefiner.run``.
         config: of the arm.
         stem: path of the records and of the replay log, without .jsonl and .zolog.
-        scores: for a warm start.
         progress: as ever.
     """
     # "mezo" drifts, which no log can hold.
@@ -91,11 +117,11 @@ def refine_arm(
     earlier = logged_records(path, log) if resume else []
     write_records(path, earlier)
     device = next(model.parameters()).device
-    with MetricsLog(path) as records, PeakMemory(device) as memory:
+    peaks = stem.with_name(f"{stem.name}.peak")
+    with MetricsLog(path) as records, peak_of_all(peaks, device) as peak:
         refiner = ZORefiner(model, tokenizer, config)
         new = refiner.run(
             encoded,
-            scores=scores,
             log=log,
             resume=resume,
             earlier=earlier,
@@ -108,8 +134,7 @@ def refine_arm(
         steps=len(taken),
         seconds=taken[-1]["seconds"],
         cost=len(taken) * refine_cost(model, config, encoded) + calibration_cost(config),
-        per_step=config.batch_size * config.accumulation,
-        peak_bytes=memory.peak - memory.before,
+        peak_bytes=peak(),
         model_bytes=_bytes(model),
         fingerprint=checkpoint.fingerprint(model),
         lr=float(refiner.optimizer.param_groups[0]["initial_lr"]),
@@ -137,7 +162,7 @@ def align_arm(
     state, path = (stem.with_name(f"{stem.name}{end}") for end in (".state", ".jsonl"))
     earlier = read_state(state)[0] if state.exists() else []
     device = next(model.parameters()).device
-    with PeakMemory(device) as memory:
+    with peak_of_all(stem.with_name(f"{stem.name}.peak"), device) as peak:
         new = align(
             model,
             tokenizer,
@@ -150,74 +175,51 @@ def align_arm(
         )
     records = [*earlier, *new]
     write_records(path, records)
-    per_step = config.batch_size * config.accumulation
     return Trained(
         config=asdict(config),
         steps=len(records),
         seconds=records[-1]["seconds"],
-        cost=float(len(records) * (1 + BACKWARD) * per_step),
-        per_step=per_step,
-        peak_bytes=memory.peak - memory.before,
+        cost=float(len(records) * (1 + BACKWARD) * config.batch_size * config.accumulation),
+        peak_bytes=peak(),
         model_bytes=_bytes(model),
         fingerprint=checkpoint.fingerprint(model),
         lr=config.lr,
     )
 
 
-def walk_arm(model: Any, log: Log, seed: int) -> Trained:
-    """Take one random step as long as the way of a logged refinement, over the same weights.
+def walk_arm(model: Any, log: Log) -> Trained:
+    """Take a logged refinement's steps in other directions, which no loss has chosen.
 
-        theta_i <- round(theta_i + r unit_i z),    r = sqrt(sum of all steps' squared coefficients)
-
-    Steps of a refinement have independent directions, so after them ||dtheta_i / unit_i|| is
-    r sqrt(number of weights) to within a part in the square root of that number.
+    Each update has the size, the decay and the rounding of the logged one, over the same weights;
+    its directions are ``noise.RANDOM_WALK`` and those that follow, of the log's seed.
 
     Args:
         model: moved in place.
         log: of the refinement.
-        seed: of the noise; the direction is ``noise.RANDOM_WALK``.
     """
-    length = walked(log)
     parameters = dict(model.named_parameters())
-    for group in log.header.groups:
+    for number, group in enumerate(log.header.groups):
         tensors = [parameters[parameter.name].detach() for parameter in group]
-        ops.combine_(
-            tensors,
-            tensors,
-            [[length * float(parameter.unit)] for parameter in group],
-            seed=seed,
-            directions=[noise.RANDOM_WALK],
-            streams=[parameter.stream for parameter in group],
-            rounding="stochastic",
-        )
+        replica = Replica(log.header, tensors, group)
+        taken = noise.RANDOM_WALK
+        updates = []
+        for _, update in logged_updates(log, number, 0, len(log.steps)):
+            directions = list(range(taken, taken + len(update.directions)))
+            taken += len(directions)
+            updates.append(replace(update, directions=directions))
+        for part in chunks(updates, CHUNK):
+            replica.advance_(part)
+        replica.settle_()
     return Trained(
-        config={"length": length, "seed": seed},
-        steps=1,
+        config={"seed": log.header.seed},
+        steps=len(log.steps),
         seconds=0.0,
         cost=0.0,
-        per_step=1,
         peak_bytes=0,
         model_bytes=_bytes(model),
         fingerprint=checkpoint.fingerprint(model),
         lr=None,
     )
-
-
-def walked(log: Log) -> float:
-    """Root mean square change that a logged refinement made to its weights, in their units."""
-    taken = log.steps["coefficients"][~log.skipped]
-    squares = float((taken**2).sum())
-    warm = log.header.warm_start
-    if warm is not None and len(taken):
-        units = {p.name: float(p.unit) for p in log.header.parameters()}
-        sizes = {p.name: p.numel for p in log.header.parameters()}
-        moved = sum(
-            sizes[name] * sum((scale / units[name]) ** 2 for scale in scales)
-            for name, scales in warm.scales.items()
-            if units[name]
-        )
-        squares += moved / sum(sizes.values())
-    return math.sqrt(squares)
 
 
 def chosen_blocks(
@@ -283,8 +285,6 @@ def _bytes(model: Any) -> int:
 
 def replayed_fingerprint(model: Any, path: Path) -> str:
     """Take an aligned model to the end of a replay log; the fingerprint of all its weights."""
-    from zo_kernels.replay import check_base, replay_
-
     log = read_log(path)
     tensors = dict(model.named_parameters())
     check_base(tensors, log.header)

@@ -25,6 +25,7 @@ def demo_config(
     eps: float = 0.1,
     lr: float | str = 1e-3,
     seed: int = 0,
+    device: str = "cpu",
 ) -> StudyConfig:
     """A study that takes about so many minutes on two cores: one training seed, equal times.
 
@@ -35,6 +36,7 @@ def demo_config(
         eps: scale of the weight noise to be survived, in standard deviations.
         lr: learning rate of the refinement, or "auto".
         seed: training seed.
+        device: torch device.
 
     Raises:
         ValueError: an option out of range; names it.
@@ -71,6 +73,7 @@ def demo_config(
             copy_weights=True,  # alignment takes more memory than that
         ),
         equal="seconds",
+        device=device,
     )
     config.check()
     return config

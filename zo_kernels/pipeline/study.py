@@ -12,7 +12,8 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -22,20 +23,20 @@ import torch
 
 from zo_kernels import chat
 from zo_kernels.files import write_file
-from zo_kernels.memory import PeakMemory
 from zo_kernels.pipeline.arms import (
     BACKWARD,
     Trained,
     align_arm,
     calibration_cost,
     chosen_blocks,
+    peak_of_all,
     refine_arm,
     refine_cost,
     replayed_fingerprint,
     walk_arm,
 )
 from zo_kernels.pipeline.smollm2 import prepare
-from zo_kernels.pipeline.study_config import TITLES, Arm, StudyConfig
+from zo_kernels.pipeline.study_config import TITLES, Arm, StudyConfig, within
 from zo_kernels.pipeline.study_folder import StudyFolder
 from zo_kernels.pipeline.study_report import CONTROL_STEPS, write_study_report
 from zo_kernels.progress import progress_bar
@@ -48,9 +49,13 @@ from zo_kernels.replay import read_log
 from zo_kernels.robustness.prompts import digest, text_digest
 from zo_kernels.robustness.suite import Evaluation
 
-FREE = ("seeds", "arms", "threads", "keep_models", "files")
+FREE = ("seeds", "arms", "threads", "device", "keep_models", "files")
 """Options in which a study may be gone on with; a trained arm remembers what it was asked for."""
 _FOREVER = 1_000_000  # steps of an arm that ends by its seconds
+
+
+class ArmError(ValueError):
+    """An arm that cannot be trained; says which, and why."""
 
 
 class Study:
@@ -94,25 +99,71 @@ class Study:
             self.base = prepare(progress=self.say)
         else:
             self.base = checkpoint.expect(config.model)
-        config.check_model(checkpoint.skeleton(self.base))
+        self._check()
         self._open()
-        self._evaluate("base", None, lambda: checkpoint.load(self.base, dtype=config.dtype))
+        self._evaluate("base", None, lambda: self._load(self.base))
         self.aligned = self._align()
-        self._evaluate("aligned", None, self._load)
+        self._evaluate("aligned", None, lambda: self._load(self.aligned))
         if any(arm.blocks == "robust" for arm in config.arms if arm.kind == "zo"):
             self.scores = self._score()
         self._control()
+        failed: dict[str, list[str]] = {}
         for seed in config.seeds:
             for arm in self._in_order():
-                self._arm(arm, seed)
-        return write_study_report(self.folder, config, self.scores, self.base.name)
+                if arm.like in failed:
+                    failed.setdefault(arm.name, []).append(f"it is like {arm.like}")
+                    continue
+                try:
+                    self._arm(arm, seed)
+                except ArmError as error:
+                    if config.equal == "seconds" and arm == self._first():
+                        raise  # others have its time
+                    self.say(str(error))
+                    failed.setdefault(arm.name, []).append(str(error))
+        return self._report(failed)
+
+    def _report(self, failed: Mapping[str, Sequence[str]]) -> dict[str, Path]:
+        """The report on the arms that could be trained with every seed; its files.
+
+        Raises:
+            ArmError: some could not; after the report on the others is written.
+        """
+        config = self.config
+        left = tuple(arm for arm in config.arms if arm.name not in failed)
+        files = {}
+        if left:
+            reported = replace(config, arms=left)
+            files = write_study_report(self.folder, reported, self.scores, self.base.name)
+        if failed:
+            told = "; ".join(reasons[0] for reasons in failed.values())
+            about = f"the report in {self.folder.path} is without" if left else "no report without"
+            raise ArmError(f"{about} {', '.join(failed)}: {told}")
+        return files
+
+    def _check(self) -> None:
+        """What stages would refuse later is refused before anything is trained."""
+        config = self.config
+        model = checkpoint.skeleton(self.base)
+        config.check_model(model)
+        tokenizer = checkpoint.load_tokenizer(self.base)
+        for section, examples in (
+            ("score", self.train),
+            ("refine", self.train),
+            ("evaluation", self.held_out),
+        ):
+            length = getattr(config, section).max_length
+            with within(section):
+                chat.encode(tokenizer, examples, max_length=length)
 
     def _open(self) -> None:
         # What files hold counts, not where they are.
+        files = {name: getattr(self.config, name) for name in ("model", "data", "text")}
         data: dict[str, Any] = {
-            "data": digest(self.train + self.held_out),
+            "model": checkpoint.file_digest(self.base),
+            "data": digest(self.train),
+            "held_out": digest(self.held_out),
             "text": text_digest(self.text),
-            "files": {"data": self.config.data, "text": self.config.text},
+            "files": files,
         }
         if self.config.equal == "seconds":
             data["timed"] = self._first().name  # others have its time
@@ -130,7 +181,7 @@ class Study:
             return self.base
         if not path.exists():
             self.say(f"Stage I: up to {config.steps} first-order steps")
-            model, tokenizer = checkpoint.load(self.base, dtype="float32")
+            model, tokenizer = self._load(self.base, "float32")
             with progress_bar("aligning") as progress:
                 trained = align_arm(
                     model, tokenizer, self._encoded(tokenizer, config), config,
@@ -148,30 +199,31 @@ class Study:
             return Scores.load(path)
         self.say("Stage II: scoring the decoder blocks")
         config = self.config.score
-        model, tokenizer = self._load()
+        model, tokenizer = self._load(self.aligned)
         encoded = chat.encode(tokenizer, self.train, max_length=config.max_length)
         finished = read_records(losses) if losses.exists() else []
         write_records(losses, finished)
         with ExitStack() as stack:
             log = stack.enter_context(MetricsLog(losses))
             progress = stack.enter_context(progress_bar("scoring"))
-            memory = stack.enter_context(PeakMemory(next(model.parameters()).device))
+            kept = self.folder.path / "scoring.peak"
+            peak = stack.enter_context(peak_of_all(kept, next(model.parameters()).device))
             scores = score(
                 model, tokenizer, encoded, config,
                 finished=finished, on_result=log.write, progress=progress,
             )  # fmt: skip
-        peak = {"peak_bytes": memory.peak - memory.before}
-        write_file(self.folder.path / "scoring.json", json.dumps(peak) + "\n")
+        noted = json.dumps({"peak_bytes": peak()}) + "\n"
+        write_file(self.folder.path / "scoring.json", noted)
         scores.save(path)
         return scores
 
     def _control(self) -> None:
         """Zeroth-order steps with lr = 0 leave every bit: the aligned records are theirs."""
         path = self.folder.records_path("lr0", None)
-        if len(self.folder.records("lr0", None)) == len(self.config.evaluation.conditions()):
+        if self._evaluated("lr0", None):
             return
         self.say(f"control: {CONTROL_STEPS} zeroth-order steps with lr = 0")
-        model, tokenizer = self._load()
+        model, tokenizer = self._load(self.aligned)
         before = checkpoint.fingerprint(model)
         config = replace(
             self.config.refine, steps=CONTROL_STEPS, seconds=None, lr=0.0, update_norm=None,
@@ -196,16 +248,25 @@ class Study:
         return next(arm for arm in self._in_order() if arm.kind == "zo")
 
     def _arm(self, arm: Arm, seed: int) -> None:
-        """Train and evaluate one arm with one seed."""
+        """Train and evaluate one arm with one seed.
+
+        Raises:
+            ArmError: it cannot be trained.
+        """
         name = self.folder.name(arm.name, seed)
-        made = self.folder.model(arm.name, seed)
+        made = self.folder.training(arm.name, seed, ".model")  # until it is evaluated
+        kept = self.folder.model(arm.name, seed)
         trained = self.folder.trained(arm.name, seed)
         if trained is None:
-            model, tokenizer = self._load("float32" if arm.kind == "fo" else None)
+            dtype = "float32" if arm.kind == "fo" else None
+            model, tokenizer = self._load(self.aligned, dtype)
             self.say(f"{TITLES.get(arm.name, arm.name)}, training seed {seed}")
-            trained = self._train(arm, seed, model, tokenizer)
+            try:
+                trained = self._train(arm, seed, model, tokenizer)
+            except (ValueError, ArithmeticError) as error:
+                raise ArmError(f"arms.{arm.name}, seed {seed}: {error}") from error
             trained = replace(trained, asked=self.config.asked(arm, seed))
-            if arm.kind == "fo" or self.config.keep_models or trained.config.get("mode") == "mezo":
+            if _needs_checkpoint(arm, trained):
                 checkpoint.save(model, tokenizer, made)
             self.folder.finish(arm.name, seed, trained)
             del model
@@ -213,13 +274,14 @@ class Study:
         self.folder.training(arm.name, seed, ".state").unlink(missing_ok=True)
 
         def load() -> tuple[Any, Any]:
-            if made.exists():
-                return checkpoint.load(made, dtype=self.config.dtype)
-            model, tokenizer = self._load()
+            for place in (kept, made):
+                if place.exists():
+                    return self._load(place)
+            model, tokenizer = self._load(self.aligned)
+            log = self.folder.training(arm.like or arm.name, seed, ".zolog")
             if arm.kind == "walk":
-                found = self._walk(arm, seed, model).fingerprint
+                found = walk_arm(model, read_log(log)).fingerprint
             else:
-                log = self.folder.training(arm.name, seed, ".zolog")
                 found = replayed_fingerprint(model, log)
             if found != trained.fingerprint:
                 raise RuntimeError(
@@ -229,12 +291,19 @@ class Study:
             return model, tokenizer
 
         self._evaluate(arm.name, seed, load)
-        if not self.config.keep_models:
-            checkpoint.remove(made)
+        if self.config.keep_models and not kept.exists():
+            if not _needs_checkpoint(arm, trained):
+                checkpoint.save(*load(), kept)
+            elif made.exists():
+                kept.parent.mkdir(exist_ok=True)
+                os.replace(made, kept)
+            else:
+                self.say(f"{name}: trained without keep_models, so that its model is gone")
+        checkpoint.remove(made)
 
     def _train(self, arm: Arm, seed: int, model: Any, tokenizer: Any) -> Trained:
         if arm.kind == "walk":
-            return self._walk(arm, seed, model)
+            return walk_arm(model, read_log(self.folder.training(arm.like, seed, ".zolog")))
         seconds, cost = self._budget(arm, seed)
         stem = self.folder.training(arm.name, seed, "")
         with progress_bar(self.folder.name(arm.name, seed)) as progress:
@@ -272,14 +341,15 @@ class Study:
             return self.config.refine.seconds, self.config.forwards()
         return self.folder.trained(first.name, seed).seconds, math.inf
 
-    def _walk(self, arm: Arm, seed: int, model: Any) -> Trained:
-        return walk_arm(model, read_log(self.folder.training(arm.like, seed, ".zolog")), seed)
+    def _evaluated(self, label: str, seed: int | None) -> bool:
+        found = self.folder.records(label, seed)
+        return len(found) == len(self.config.evaluation.conditions())
 
     def _evaluate(self, label: str, seed: int | None, load: Callable[[], tuple[Any, Any]]) -> None:
         """Measure a model under all conditions; finished ones are kept."""
         path = self.folder.records_path(label, seed)
         finished = self.folder.records(label, seed)
-        if len(finished) == len(self.config.evaluation.conditions()):
+        if self._evaluated(label, seed):
             return
         write_records(path, finished)  # without the torn line of a kill
         model, tokenizer = load()
@@ -295,9 +365,15 @@ class Study:
         del model, evaluation
         gc.collect()
 
-    def _load(self, dtype: str | None = None) -> tuple[Any, Any]:
-        return checkpoint.load(self.aligned, dtype=dtype or self.config.dtype)
+    def _load(self, directory: Path, dtype: str | None = None) -> tuple[Any, Any]:
+        config = self.config
+        return checkpoint.load(directory, dtype=dtype or config.dtype, device=config.device)
 
     def _encoded(self, tokenizer: Any, config: Any) -> list[chat.Encoded]:
         length = getattr(config, "max_length", self.config.refine.max_length)
         return chat.encode(tokenizer, self.train, max_length=length)
+
+
+def _needs_checkpoint(arm: Arm, trained: Trained) -> bool:
+    """Whether no replay log makes an arm's model."""
+    return arm.kind == "fo" or trained.config.get("mode") == "mezo"

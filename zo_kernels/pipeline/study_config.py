@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from zo_kernels.blocks import decoder_blocks
+from zo_kernels.blocks import decoder_blocks, is_conv1d, linear_weights
+from zo_kernels.ops.quant_arguments import group_of
 from zo_kernels.optim import ZOSGD
 from zo_kernels.refine.align import AlignConfig
 from zo_kernels.refine.config import RefineConfig, select_parameters
 from zo_kernels.refine.scores import ScoreConfig
 from zo_kernels.refine.selection import RULES
-from zo_kernels.robustness.conditions import EvaluationConfig
+from zo_kernels.robustness.conditions import EvaluationConfig, parse_scheme
 
 KINDS = ("zo", "fo", "walk")
 EQUAL = ("forwards", "seconds", "steps")
@@ -68,8 +69,8 @@ TITLES = {
     "base": "base",
     "aligned": "aligned (FO)",
     "lr0": "ZO with lr = 0 (control)",
-    "more_fo": "more FO, equal cost",
-    "fo_noise": "FO with noise injection, equal cost",
+    "more_fo": "more FO",
+    "fo_noise": "FO with noise injection",
     "walk": "random walk as long as full ZO",
     "walk_robust": "random walk as long as focused ZO",
     "zo_full": "full ZO",
@@ -93,14 +94,16 @@ class StudyConfig:
         arms: what is compared; see ``ARMS``.
         align: Stage I; None: the model is aligned already.
         score: Stage II.
-        refine: Stage III; its steps are those of full ZO and count the cost that every arm has.
-            Its seconds are those of the first zeroth-order arm where arms have equal ones.
+        refine: Stage III. Where arms have equal forwards, those of the losses of its steps are what
+            each arm has: what a rate, a curvature and held-out losses take comes out of it. Its
+            seconds are those of the first zeroth-order arm where arms have equal ones.
         first_order: of the arms of further first-order steps.
         evaluation: conditions and prompts.
         equal: what arms have alike: "forwards" (a backward counts as two; scoring counts),
-            "seconds" (of full ZO, or of the first zeroth-order arm) or "steps" (refine's, whatever
-            they cost).
+            "seconds" (of full ZO, or of the first zeroth-order arm; choosing blocks is left out) or
+            "steps" (refine's, whatever they cost).
         threads: torch's threads; None: as they are.
+        device: torch device of training and evaluation.
         keep_models: keep every arm's checkpoint. A zeroth-order arm always keeps its replay log,
             from which ``zo-kernels replay`` makes it.
         dtype: of the weights after alignment, as --dtype has it.
@@ -118,6 +121,7 @@ class StudyConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     equal: str = "forwards"
     threads: int | None = None
+    device: str = "cpu"
     keep_models: bool = False
     dtype: str = "auto"
 
@@ -135,19 +139,23 @@ class StudyConfig:
             raise ValueError(f"seeds: expected 0 <= seed < 2**64, got {wrong[0]}")
         if self.equal not in EQUAL:
             raise ValueError(f"equal: expected one of {EQUAL}, got {self.equal!r}")
+        if self.device.partition(":")[0] not in ("cpu", "cuda"):
+            raise ValueError(f"device: expected cpu or cuda, got {self.device!r}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads: expected at least 1, got {self.threads}")
         for name in ("align", "score", "refine", "first_order"):
             section = getattr(self, name)
             if section is not None:
-                _within(name, section.check)
+                with within(name):
+                    section.check()
             for option in OWN.get(name, ()):
                 if getattr(section, option) != getattr(type(section), option):
                     raise ValueError(
                         f"{name}.{option}: expected no such option in a study, which says it "
                         f"itself, got {getattr(section, option)!r}"
                     )
-        _within("evaluation", self.evaluation.conditions)
+        with within("evaluation"):
+            self.evaluation.conditions()
         if self.evaluation.layers:
             raise ValueError(
                 f"evaluation.layers: expected none in a study, got {self.evaluation.layers}"
@@ -195,9 +203,11 @@ class StudyConfig:
                 f"itself, got {arm.options[own[0]]!r}"
             )
         if arm.kind == "zo":
-            _within(where, lambda: _check_refinement(self.refinement(arm, 0, 1, None)))
+            with within(where):
+                _check_refinement(self.refinement(arm, 0, 1, None))
         elif arm.kind == "fo":
-            _within(where, self.first_order_steps(arm, 0, 1).check)
+            with within(where):
+                self.first_order_steps(arm, 0, 1).check()
         else:
             like = next((other for other in self.arms if other.name == arm.like), None)
             if like is None or like.kind != "zo":
@@ -217,6 +227,12 @@ class StudyConfig:
             model: may be on the meta device.
         """
         blocks = len(decoder_blocks(model))
+        if any(arm.blocks == "robust" for arm in self.arms):
+            with within("score.quantization"):
+                _check_scheme(model, self.score.quantization)
+        for scheme in self.evaluation.quantization:
+            with within("evaluation.quantization"):
+                _check_scheme(model, scheme)
         for arm in self.arms:
             if arm.kind != "zo":
                 continue
@@ -226,10 +242,9 @@ class StudyConfig:
                     f"{self.score.selected}"
                 )
             config = self.refinement(arm, 0, 1, None)
-            _within(
-                f"arms.{arm.name}",
-                partial(select_parameters, model, config.parameters, config.layers),
-            )
+            with within(f"arms.{arm.name}"):
+                select_parameters(model, config.parameters, config.layers)
+                _check_scheme(model, config.quantized)
 
     def forwards(self) -> float:
         """The cost that every arm has, in forwards of one example, where they have equal ones."""
@@ -280,9 +295,21 @@ def _check_refinement(config: RefineConfig) -> None:
     ZOSGD([("weight", nn.Parameter(torch.ones(2)))], lr=lr, **options)
 
 
-def _within(where: str, check: Callable[[], Any]) -> None:
-    """Let a section's check say which section it is."""
+def _check_scheme(model: nn.Module, name: str | None) -> None:
+    """Raise ValueError if a scheme's groups do not divide the rows of a model's linears."""
+    if name in (None, "none"):
+        return
+    scheme = parse_scheme(name)
+    stored_across = {id(module.weight) for module in model.modules() if is_conv1d(module)}
+    for weight_name, weight in linear_weights(model).items():
+        matrix = weight.t() if id(weight) in stored_across else weight.flatten(0, -2)
+        group_of(matrix, scheme["scheme"], scheme["group_size"], f"'{weight_name}'")
+
+
+@contextmanager
+def within(where: str) -> Iterator[None]:
+    """Let errors of a section's check say which section it is."""
     try:
-        check()
+        yield
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

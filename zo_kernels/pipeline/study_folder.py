@@ -16,8 +16,9 @@ from zo_kernels.refine.records import read_records
 class StudyFolder:
     """Files by arm and training seed; a model that exists once has no seed.
 
-    study.json, training/<name>.{json, jsonl, zolog, state}, models/<name>, records/<name>.jsonl
-    with <name> = arm or arm-seed; aligned/, scores.json, scores.jsonl and the report's files.
+    study.json, training/<name>.{json, jsonl, zolog, state, peak, model}, models/<name>,
+    records/<name>.jsonl with <name> = arm or arm-seed; aligned/, scores.json, scores.jsonl and the
+    report's files.
 
     Args:
         path: the folder; made when something is written.
@@ -85,7 +86,7 @@ class StudyFolder:
         return self.path / "training" / f"{self.name(label, seed)}{end}"
 
     def model(self, label: str, seed: int | None) -> Path:
-        """Where an arm's checkpoint goes."""
+        """Where an arm's checkpoint goes that is kept."""
         return self.path / "models" / self.name(label, seed)
 
     def records_path(self, label: str, seed: int | None) -> Path:

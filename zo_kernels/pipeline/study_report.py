@@ -74,7 +74,7 @@ def _pairs(config: StudyConfig) -> list[tuple[str, str]]:
 def _notes(folder: StudyFolder, config: StudyConfig, scores: Scores | None) -> list[str]:
     alike = {
         "forwards": "as many forwards (a backward counts as two, scoring counts)",
-        "seconds": "as much time as the first zeroth-order arm",
+        "seconds": "as much time as the first zeroth-order arm (choosing blocks is not counted)",
         "steps": f"{config.refine.steps} steps, at whatever cost (see the table of costs)",
     }[config.equal]
     notes = [
@@ -120,7 +120,7 @@ def _costs(folder: StudyFolder, config: StudyConfig, scores: Scores | None) -> l
                 "stage": "Stage II: scoring",
                 "steps": scores.draws,
                 "seconds": scores.seconds,
-                "forwards": scores.forwards,
+                "forwards": scores.forwards * scores.examples,
                 "peak_bytes": peak,
                 "model_bytes": None if aligned is None else aligned.model_bytes,
             }
@@ -141,7 +141,7 @@ def _cost_row(stage: str, arm: str | None, trained: Sequence[Trained]) -> dict[s
         "arm": arm,
         "steps": round(sum(t.steps for t in trained) / count),
         "seconds": sum(t.seconds for t in trained) / count,
-        "forwards": sum(t.cost / t.per_step for t in trained) / count,
+        "forwards": sum(t.cost for t in trained) / count,
         "peak_bytes": max(t.peak_bytes for t in trained),
         "model_bytes": trained[0].model_bytes,
     }

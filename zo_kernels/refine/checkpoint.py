@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ def load(
         FileNotFoundError: the directory has no config.json.
         ValueError: an unknown dtype, or a tokenizer without an end token.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     path = expect(directory)
     if dtype == "auto":
@@ -67,12 +68,24 @@ def load(
         if dtype not in DTYPES:
             raise ValueError(f"dtype: expected auto or one of {sorted(DTYPES)}, got {dtype!r}")
         dtype = DTYPES[dtype]
+    tokenizer = load_tokenizer(path)
     with _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer of {path}: expected an end-of-text token, got none")
     return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a Hugging Face directory.
+
+    Raises:
+        ValueError: it has no end token.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer of {directory}: expected an end-of-text token, got none")
+    return tokenizer
 
 
 def skeleton(config: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Any:
@@ -121,7 +134,7 @@ def expect(directory: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own bar over the weights, which flickers by in half a second."""
+    """Without transformers' own bars over the weights, which flicker by in half a second."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -139,7 +152,7 @@ def save(model: Any, tokenizer: Any, directory: str | os.PathLike[str]) -> Path:
     Raises:
         FileExistsError: the directory exists and is not an earlier checkpoint.
     """
-    with replace_folder(directory) as work:
+    with _quiet(), replace_folder(directory) as work:
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
     return Path(directory)
@@ -156,6 +169,24 @@ def remove(directory: str | os.PathLike[str]) -> None:
     if Path(directory).exists():
         os.replace(directory, gone)
         shutil.rmtree(gone)
+
+
+def file_digest(directory: Path) -> str:
+    """A name for a directory's weights: 16 hexadecimal digits of the files' BLAKE2b.
+
+    Raises:
+        FileNotFoundError: it has no weights as safetensors.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"model: expected weights as safetensors in {directory}, got none")
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while piece := stream.read(1 << 24):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 def fingerprint(model: nn.Module) -> str:

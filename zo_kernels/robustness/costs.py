@@ -29,8 +29,8 @@ def with_shares(costs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Add each stage's shares of the first-order one.
 
     Args:
-        costs: a row a stage. stage: its name; steps; seconds; forwards: in units of one full
-            forward of a batch (None: not counted); peak_bytes: extra over the loaded model (None:
+        costs: a row a stage. stage: its name; steps; seconds; forwards: of one example (None: not
+            counted); peak_bytes: extra over the loaded model (None:
             not measured). May be left out: arm (the arm that it trained), model_bytes (of the
             loaded model), first_order (true for the stage that shares are of).
 
@@ -104,8 +104,9 @@ def costs_told(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         else f'Shares are of the first-order stage, "{first["stage"]}".'
     )
     return [
-        f"{shares} A forward is one of a whole batch without gradients; extra memory is the peak "
-        "over the loaded model.",
+        f"{shares} A forward is one example's without gradients, a backward counts as two, and "
+        "choosing blocks is among the forwards of the arm that needs it, not in its time; extra "
+        "memory is the peak over the loaded model.",
         f"The paper's stage of 10 zeroth-order steps took {PUBLISHED['seconds']:g} s of GPU time "
         f"and {PUBLISHED['memory_mib']:,} MiB in all, its 100 first-order steps "
         f"{PUBLISHED['first_order_seconds']:,} s and {PUBLISHED['first_order_memory_mib']:,} MiB "
