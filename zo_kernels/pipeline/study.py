@@ -146,14 +146,12 @@ class Study:
         model = checkpoint.skeleton(self.base)
         config.check_model(model)
         tokenizer = checkpoint.load_tokenizer(self.base)
-        for section, examples in (
-            ("score", self.train),
-            ("refine", self.train),
-            ("evaluation", self.held_out),
-        ):
-            length = getattr(config, section).max_length
+        sections = ["refine"]
+        if any(arm.blocks in ("robust", "snip") for arm in config.arms):
+            sections.append("score")
+        for section in sections:  # those of first-order arms are as long as refine's
             with within(section):
-                chat.encode(tokenizer, examples, max_length=length)
+                chat.encode(tokenizer, self.train, max_length=getattr(config, section).max_length)
 
     def _open(self) -> None:
         # What files hold counts, not where they are.
