@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -126,6 +127,40 @@ def test_a_killed_refinement_is_resumed_and_replayed(files, tmp_path, capsys, mo
     assert len(set(prints.values())) == 1
     assert run("refine", *options, "--out", out, "--steps", 6, "--resume") == 1
     assert "resume: expected what an unfinished run leaves" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "ends"),
+    [
+        ("align", ["--save-every", 2], ["", ".jsonl"]),
+        ("refine", ["--held-out-every", 2, "--patience", 3], ["", ".jsonl", ".zolog"]),
+    ],
+)
+def test_a_run_is_finished_before_its_figure_is_drawn(
+    command, options, ends, files, tmp_path, monkeypatch
+):
+    data, folder = tmp_path / "data.jsonl", tmp_path / "new"
+    data.write_text((files / "data.jsonl").read_text() * 4)  # so that some can be held out
+    arguments = [command, *model_options(files), "--data", data, "--out", folder / "out"]
+    arguments += ["--steps", 4, "--batch-size", 2, *options]
+
+    def stop(logs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zo_kernels.robustness.plots.loss_per_step", stop)
+        assert run(*arguments) == 130
+    assert sorted(p.name for p in folder.iterdir()) == [f"out{end}" for end in ends]
+    assert len(read_records(folder / "out.jsonl")) == 4
+    assert run(*arguments) == 0 and (folder / "out.png").exists()
+
+
+def test_a_missing_matplotlib_is_said_before_the_work(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for command in ("align", "refine"):
+        assert run(command, *model_options(files), "--out", tmp_path / "out") == 1
+        assert "matplotlib: pip install 'zo-kernels[refine]'" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

@@ -257,6 +257,6 @@ def test_report_errors(tmp_path, monkeypatch) -> None:
     with pytest.raises(ValueError, match="one refusal_list"):
         write_report(tmp_path, records, title="t", arms=["a", "b"])
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"zo-kernels\[demo\]"):
+    with pytest.raises(ImportError, match=r"zo-kernels\[refine\]"):
         write_report(tmp_path, made_up("a", 0.0), title="t", arms=["a"])
     assert not list(tmp_path.iterdir())
