@@ -394,9 +394,20 @@ def test_an_existing_folder_with_other_files_is_refused(files, tmp_path, capsys)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_help_shows_options_with_their_meaning(capsys):
+def help_of(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        run("refine", "--help")
+        run(command, "--help")
     assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_shows_options_with_their_meaning(capsys):
+    text = help_of("refine", capsys)
     assert "--eps EPS perturbation scale, a number; or" in text and "(default: 0.1)" in text
+
+
+def test_help_says_what_auto_is(capsys):
+    for command in ("align", "dpo"):
+        assert "--dtype DTYPE auto (float32), float32, bfloat16" in help_of(command, capsys)
+    for command in ("refine", "score", "evaluate"):
+        assert "--dtype DTYPE auto (fast on the device), float32" in help_of(command, capsys)

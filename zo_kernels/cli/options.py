@@ -11,13 +11,21 @@ from typing import Any
 from zo_kernels.pipeline.settings import fits
 
 
-def add_model(command: argparse.ArgumentParser, data: str = "") -> None:
-    """Options that name a model, its data and where it runs; ``data`` says what is not built in."""
+def add_model(
+    command: argparse.ArgumentParser, data: str = "", *, auto: str = "fast on the device"
+) -> None:
+    """Options that name a model, its data and where it runs.
+
+    Args:
+        command: which gets them.
+        data: what its data is, where none is built in.
+        auto: what --dtype auto is.
+    """
     command.add_argument("--model", type=Path, required=True, help="Hugging Face directory")
     builtin = "JSON lines: prompt, completion, kind (default: built in)"
     command.add_argument("--data", type=Path, required=bool(data), help=data or builtin)
     command.add_argument(
-        "--dtype", default="auto", help="auto (fast on the device), float32, bfloat16, float16"
+        "--dtype", default="auto", help=f"auto ({auto}), float32, bfloat16, float16"
     )
     command.add_argument("--device", default="cpu", help="torch device")
     command.add_argument("--max-length", type=int, default=512, help="tokens of one example")

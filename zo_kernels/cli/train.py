@@ -19,12 +19,13 @@ def add_commands(commands: Any, make: Any) -> None:
         make: makes one: make(commands, name, run, text).
     """
     command = make(commands, "align", _align, "first-order SFT on the completion tokens")
-    _add_training(command)
+    _add_training(command, auto="float32")
     _add_saving(command)
     add_options(command, "zo_kernels.refine.align", "AlignConfig", skip=("first_batch",))
 
     command = make(commands, "dpo", _dpo, "first-order alignment on preference pairs, by TRL")
-    _add_training(command, "JSON lines: prompt, chosen, rejected, or PKU-SafeRLHF's columns")
+    pairs = "JSON lines: prompt, chosen, rejected, or PKU-SafeRLHF's columns"
+    _add_training(command, pairs, auto="float32")
     command.add_argument(
         "--preferred", default="safer", help="which judgement of PKU-SafeRLHF: safer or better"
     )
@@ -32,7 +33,7 @@ def add_commands(commands: Any, make: Any) -> None:
     add_options(command, "zo_kernels.refine.dpo", "DPOConfig", skip=("max_length",))
 
     command = make(commands, "refine", _refine, "zeroth-order refinement")
-    _add_training(command)
+    _add_training(command, auto="fast on the device")
     _add_resume(command)
     command.add_argument(
         "--scores", type=Path, metavar="FILE",
@@ -48,8 +49,8 @@ def add_commands(commands: Any, make: Any) -> None:
     )
 
 
-def _add_training(command: argparse.ArgumentParser, data: str = "") -> None:
-    add_model(command, data)
+def _add_training(command: argparse.ArgumentParser, data: str = "", *, auto: str) -> None:
+    add_model(command, data, auto=auto)
     command.add_argument("--out", type=Path, required=True, help="folder for the new model")
 
 
