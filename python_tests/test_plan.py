@@ -16,7 +16,16 @@ import torch
 from measure_plan import examples, run
 from tiny_models import CONFIGS
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    FuyuConfig,
+    Gemma3Config,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    OPTConfig,
+    RwkvConfig,
+)
 
 from zo_kernels import cli
 from zo_kernels.cli.plan import parse_bytes
@@ -244,7 +253,7 @@ def test_command_refuses(arguments, message, capsys):
 
 
 def test_models_that_cannot_be_planned(tmp_path, capsys):
-    """No config, a broken one, another kind of model, blocks that are not modelled."""
+    """No config, a broken one, another kind of model, blocks not modelled or in two lists."""
     with pytest.raises(FileNotFoundError, match=r"expected a Hugging Face directory with config"):
         plan(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -256,6 +265,26 @@ def test_models_that_cannot_be_planned(tmp_path, capsys):
     CONFIGS["mixtral"]().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.gate' .*activations are not modelled"):
         plan(tmp_path)
+    for kind, name in ((MambaConfig, "mamba"), (RwkvConfig, "rwkv")):
+        kind(vocab_size=64, hidden_size=32, num_hidden_layers=2).save_pretrained(tmp_path)
+        assert cli_run("--model", tmp_path) == 1
+        message = f"expected a config with num_attention_heads, got none in '{name}'"
+        assert message in capsys.readouterr().err
+    text = {**WIDTHS, "intermediate_size": 704, "head_dim": 32}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+    Gemma3Config(text_config=text, vision_config=vision).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"blocks in one list, got 'model.vision_tower.* and 'mod"):
+        plan(tmp_path)
+
+
+def test_the_text_part_of_a_config(tmp_path):
+    """Of a model that sees: widths, heads and activation are those of its language model."""
+    text = {**WIDTHS, "intermediate_size": 704, "model_type": "llama", "num_key_value_heads": 2}
+    FuyuConfig(text_config=text).save_pretrained(tmp_path)
+    shape = read_shape(tmp_path, torch.float32)
+    assert (shape.name, shape.heads, shape.activation) == ("fuyu", 8, "silu")
+    assert [block.key for block in shape.blocks.values()] == [64, 64]
 
 
 def test_sizes():

@@ -107,18 +107,29 @@ def read_shape(config: str | os.PathLike[str], dtype: torch.dtype) -> ModelShape
 
     Raises:
         FileNotFoundError: there is no config.json.
-        ValueError: as of ``checkpoint.skeleton``, or decoder blocks that are not attention and one
-            MLP of linears: names what.
+        ValueError: as of ``checkpoint.skeleton``, a model without attention heads, or decoder
+            blocks in several lists, or that are not attention and one MLP of linears: names what.
     """
     model = skeleton(config, dtype)
-    text = model.config
-    heads = text.num_attention_heads
+    text = model.config.get_text_config()  # of models that see or hear it is a part of the config
+    heads = getattr(text, "num_attention_heads", None)
+    if heads is None:
+        raise ValueError(
+            f"model: expected a config with num_attention_heads, got none in {text.model_type!r}, "
+            "whose activations are not modelled"
+        )
     keys = getattr(text, "num_key_value_heads", None) or heads
     activation = getattr(text, "hidden_act", None) or getattr(text, "activation_function", "")
     blocks = decoder_blocks(model)
+    lists = dict.fromkeys(name.rpartition(".")[0] for name in blocks)
+    if len(lists) > 1:
+        raise ValueError(
+            f"model: expected decoder blocks in one list, got {' and '.join(map(repr, lists))}, "
+            "whose activations are not modelled"
+        )
     norms = [m for m in next(iter(blocks.values())).modules() if _is_norm(m)]
     return ModelShape(
-        name=text.model_type,
+        name=model.config.model_type,
         model=model,
         blocks={name: _block_shape(name, block, heads, keys) for name, block in blocks.items()},
         vocabulary=model.get_output_embeddings().weight.shape[0],
