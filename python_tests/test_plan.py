@@ -225,6 +225,12 @@ def test_command(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["chosen"] == "master8" and found["budget"] == 18_500_000_000
     assert [one["mode"] for one in found["plans"]] == [one.mode for one in all_plans(LLAMA)]
+    assert cli_run(*options, "--queries", 4, "--json") == 0
+    [one, four] = (
+        {plan["mode"]: plan["normals"] for plan in plans}
+        for plans in (found["plans"], json.loads(capsys.readouterr().out)["plans"])
+    )
+    assert four["streamed"] == 4 * one["streamed"] and four["dpo"] == one["dpo"]
     assert cli_run(*options, "--mode", "streamed", "--budget", "10GB") == 1
     assert "'streamed' needs least, 17." in capsys.readouterr().err
 
@@ -235,9 +241,11 @@ def test_command(capsys):
         (["--mode", "stream"], r"mode: expected one of \['streamed', .*'dpo'\], got 'stream'"),
         (["--layers", "31", "32"], "layers: expected numbers of decoder blocks, 0 to 31, got 32"),
         (["--parameters", "*.mlpp.*"], "'\\*.mlpp.\\*' matches no parameter"),
-        (["--parameters", "*norm*", "--layers", "1", "--quantized", "int9"], "scheme"),
+        (["--parameters", "*norm*", "--layers", "1", "--quantized", "int9"], "quantized: .*scheme"),
+        (["--quantized", "int4-a8"], "quantized: expected one of weights alone, got 'int4-a8'"),
         (["--parameters", "lm_head*", "--layers", "1"], "expected some of 'lm_head\\*' in blocks"),
         (["--mode", "align-sgd", "--layers", "1"], "layers: expected none with mode 'align-sgd'"),
+        (["--mode", "align-sgd", "--queries", "4"], "queries: expected 1 with mode .* got 4"),
         (["--dtype", "int8"], "dtype: expected one of .*, got 'int8'"),
         (["--device", "tpu"], "device: expected one of .*, got 'tpu'"),
         (["--completion", "512"], "completion: expected 1 to 511, less than length, got 512"),

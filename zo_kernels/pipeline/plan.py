@@ -32,6 +32,13 @@ PREFERENCE = ("master", "master8", "dual", "streamed", "inplace")
 """Modes in the order in which ``choose`` takes them for 16-bit weights."""
 PREFERENCE_FLOAT32 = ("dual", "streamed", "inplace")
 """The same for float32 weights, which neither masters nor residuals make more exact."""
+# Options of a refinement alone: what they are without one, and the word for it.
+_REFINED = {
+    "layers": (None, "none"),
+    "quantized": (None, "none"),
+    "parameters": ("linear", "none"),
+    "queries": (1, "1"),
+}
 _SAMPLE = 1 << 18  # weights on which the exceptions of "inplace" are counted
 _MOMENTS, _PIECE = 16, 1 << 22  # bytes per element, elements at a time: ``zo_kernels.moments``
 
@@ -119,11 +126,11 @@ def plans(config: str | os.PathLike[str], modes: Sequence[str], **workload: Any)
     for mode in modes:
         if mode not in known:
             raise ValueError(f"mode: expected one of {list(known)}, got {mode!r}")
-        for option, plain in (("layers", None), ("quantized", None), ("parameters", "linear")):
+        for option, (plain, word) in _REFINED.items():
             if mode in FIRST_ORDER and getattr(work, option) != plain:
                 raise ValueError(
-                    f"{option}: expected none with mode {mode!r}, which trains all parameters as "
-                    f"they are, got {getattr(work, option)!r}"
+                    f"{option}: expected {word} with mode {mode!r}, which trains all parameters as "
+                    f"they are by gradients, got {getattr(work, option)!r}"
                 )
     shapes: dict[torch.dtype, ModelShape] = {}
     found = []
@@ -137,11 +144,7 @@ def plans(config: str | os.PathLike[str], modes: Sequence[str], **workload: Any)
 
 def all_plans(config: str | os.PathLike[str], **workload: Any) -> list[Plan]:
     """Of every mode of ``ZOSGD``, and of ``FIRST_ORDER`` for all parameters as they are."""
-    as_they_are = {
-        name: value
-        for name, value in workload.items()
-        if name not in ("layers", "quantized", "parameters")
-    }
+    as_they_are = {name: value for name, value in workload.items() if name not in _REFINED}
     return [
         *plans(config, list(MODES), **workload),
         *plans(config, FIRST_ORDER, **as_they_are),
