@@ -64,6 +64,30 @@ def test_arms_of_a_file(tmp_path):
     assert config.refinement(late, 7, 5, None).layers == (3, 4)
 
 
+def test_arms_of_another_kind_have_but_the_name(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        "model: base\nrefine: {eps: 0.25}\narms:\n"
+        "  - {name: fo_noise, kind: zo}\n"
+        "  - {name: zo_robust, kind: fo, options: {noise: eps, lr: 0.5}}\n"
+        "  - {name: walk, kind: fo, options: }\n"
+    )
+    assert read_study(path).arms == (
+        Arm("fo_noise", "zo"),
+        Arm("zo_robust", "fo", options={"noise": "eps", "lr": 0.5}),
+        Arm("walk", "fo"),
+    )
+    steps = read_study(path).first_order_steps(read_study(path).arms[1], 0, 1)
+    assert (steps.noise, steps.lr) == (0.25, 0.5)
+
+
+@pytest.mark.parametrize("text", ["", " null", " none", " ~"])
+def test_a_model_that_is_aligned_already(text, tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(f"align:{text}\nmodel: base\n")
+    assert read_study(path).align is None
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -116,6 +140,10 @@ def test_arms_of_a_file(tmp_path):
         ("model: m\narms: [{name: a, kind: zo, options: {lr: no}}]", r"lr: expected float"),
         ("model: m\narms: [{name: a, kind: zo, options: {eps: -1}}]", "eps: expected a finite"),
         ("model: m\narms: [{name: a, kind: zo, options: {mode: x}}]", r"arms\.a: mode: expected"),
+        ("model: m\narms: [{name: zo_full, options: 0}]", r"zo_full\.options: expected a mapping"),
+        ("model: m\narms: [{name: a, kind: zo, options: [lr]}]", r"a\.options: expected a mapping"),
+        ("model: m\narms: [{name: a, kind: fo, options: {noise: x}}]", "noise: expected float"),
+        ("model: m\narms: [{name: a, kind: zo, options: {noise: eps}}]", r"\.options: expected op"),
         ("model: m\narms: [{name: a, kind: fo, options: {eps: 1}}]", r"arms\.a\.options: expected"),
         ("model: m\narms: [{name: a, kind: zo, options: {seed: 1}}]", r"arms\.a\.options\.seed: "),
         ("model: m\narms: [{name: a, kind: fo, options: {steps: 1}}]", r"arms\.a\.options\.steps"),
