@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from zo_kernels.pipeline.settings import fits
+from zo_kernels.pipeline.settings import fits, numbered
 
 
 def add_model(
@@ -142,6 +142,7 @@ def read_suite(
         if option not in types:
             known = [*types, *folders]
             raise ValueError(f"{path}: expected options out of {known}, got {key!r}")
+        value = numbered(value, types[option])
         several = isinstance(value, list) and option in lists
         if not all(fits(item, types[option]) for item in (value if several else [value])):
             raise ValueError(f"{path}: {key}: expected {types[option]}, got {value!r}")
