@@ -42,6 +42,15 @@ def test_files_that_come_along_are_read_in_full(path):
     assert config.model == where
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
+def test_files_that_come_along_have_every_control_and_one_length(path):
+    config = read_study(path)
+    controls = {"more_fo", "fo_noise", "walk", "walk_robust", "zo_random", "zo_magnitude"}
+    assert controls | {"zo_full", "zo_robust"} <= {arm.name for arm in config.arms}
+    lengths = {part.max_length for part in (config.score, config.refine, config.evaluation)}
+    assert len(lengths) == 1
+
+
 def test_arms_of_a_file(tmp_path):
     path = tmp_path / "study.yaml"
     path.write_text(
