@@ -234,6 +234,21 @@ def test_figures_without_data() -> None:
     assert plots.layer_map(clean, {"a": "A"}) is None
 
 
+@pytest.mark.parametrize("arms", [2, 10])  # side by side, and below each other
+def test_figures_have_no_panel_of_what_was_not_measured(arms, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr("zo_kernels.robustness.plots.conditions.png", drawn.append)
+    names = {f"arm {i}": f"Arm {i}" for i in range(arms)}
+    records = [r | {"refusal_rate": None} for name in names for r in made_up(name, 0.0)]
+    plots.metric_vs_noise(records, names)
+    plots.quantized_bars(records, names)
+    for figure in drawn:
+        assert {axis.get_title() for axis in figure.axes} == {"Refusal loss", "Perplexity"}
+    assert len(drawn) == 2
+    nothing = [r | dict.fromkeys(("refusal_loss", "perplexity")) for r in records]
+    assert plots.quantized_bars(nothing, names) is None
+
+
 def test_layer_rises_mark_what_is_missing() -> None:
     records = made_up("a", 0.0)[:1] + in_blocks("a", [0.5, 0.25])
     records[1]["refusal_losses"][0] = None
