@@ -239,11 +239,11 @@ def test_command(capsys):
     ("arguments", "message"),
     [
         (["--mode", "stream"], r"mode: expected one of \['streamed', .*'dpo'\], got 'stream'"),
-        (["--layers", "31", "32"], "layers: expected numbers of decoder blocks, 0 to 31, got 32"),
+        (["--layers", "31", "32"], "layers: expected 0 to 31, got 32"),
         (["--parameters", "*.mlpp.*"], "'\\*.mlpp.\\*' matches no parameter"),
         (["--parameters", "*norm*", "--layers", "1", "--quantized", "int9"], "quantized: .*scheme"),
         (["--quantized", "int4-a8"], "quantized: expected one of weights alone, got 'int4-a8'"),
-        (["--parameters", "lm_head*", "--layers", "1"], "expected some of 'lm_head\\*' in blocks"),
+        (["--parameters", "lm_head*", "--layers", "1"], "layers: expected some of 'lm_head\\*' in"),
         (["--mode", "align-sgd", "--layers", "1"], "layers: expected none with mode 'align-sgd'"),
         (["--mode", "align-sgd", "--queries", "4"], "queries: expected 1 with mode .* got 4"),
         (["--dtype", "int8"], "dtype: expected one of .*, got 'int8'"),

@@ -26,7 +26,7 @@ SCORES = {
         for i in (2, 0, 1)
     ],
     "settings": {"rho": 1e-3, "relative": True, "draws": 4, "quantization": "int4-g128"}
-    | {"estimator": "antithetic", "prompts": 64, "stable": False},
+    | {"estimator": "antithetic", "prompts": 64, "settled": False},
 }
 COSTS = [
     {"stage": "alignment", "steps": 100, "seconds": 800.0, "forwards": 2400.0}
@@ -94,7 +94,7 @@ def test_report(tmp_path) -> None:
     assert lines[start + 2].startswith("| 2 (model.layers.2) | +0.04 ± 0.01 |")  # by number
     assert lines[start + 2].endswith("| yes |") and '<tr class="yes"><td>2 (model' in page
     assert any("4 draws a block), and quantised to int4-g128." in line for line in lines)
-    assert any(line.startswith("The selection is not stable") for line in lines)
+    assert any(line.startswith("The selection is not settled") for line in lines)
     again = write_report(target, made_up("a", 0.0), title="B", arms=["a"])
     assert not set(FIGURES) - {"metric_vs_noise.png", "quantization.png"} & set(again)
     assert sorted(p.name for p in target.iterdir()) == sorted(again)  # nor left over
@@ -181,7 +181,7 @@ def test_figure_of_layer_scores(blocks: int) -> None:
     rows[-1] = rows[-1] | {"noise": None, "noise_se": None, "score": None}
     assert is_figure(plots.layer_scores(rows, SCORES["settings"]))
     without = [row | {"quant": None} for row in rows]
-    settings = SCORES["settings"] | {"quantization": None, "relative": False, "stable": None}
+    settings = SCORES["settings"] | {"quantization": None, "relative": False, "settled": None}
     assert plots.layer_scores(without, settings) != plots.layer_scores(rows, settings)
 
 

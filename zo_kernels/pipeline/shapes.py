@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import nn
 
 from zo_kernels.blocks import decoder_blocks, is_conv1d, linear_layers
 from zo_kernels.refine.checkpoint import skeleton
-from zo_kernels.refine.config import select_parameters
 
 _ALIGNMENT = 64  # bytes, between two copies in one scratch: as ``modes.reads.Scratch``
 _COMPOSED = ("gelu_new", "gelu_fast", "gelu_accurate")  # of many torch functions, not of one
@@ -192,37 +190,6 @@ def _in_and_out(layer: nn.Module) -> tuple[int, int]:
     """Widths of what a linear layer takes and gives."""
     rows, columns = layer.weight.shape
     return (rows, columns) if is_conv1d(layer) else (columns, rows)
-
-
-def selected(
-    shape: ModelShape, parameters: str = "linear", layers: Sequence[int] | None = None
-) -> dict[str, nn.Parameter]:
-    """The parameters that a refinement changes, by name.
-
-    Args:
-        parameters: "linear", "all" or patterns, as in ``RefineConfig``.
-        layers: only those of the decoder blocks with these numbers; None: no such limit.
-
-    Raises:
-        ValueError: nothing is chosen, a pattern matches nothing, or there is no such block.
-    """
-    chosen = dict(select_parameters(shape.model, parameters))
-    if layers is None:
-        return chosen
-    names = list(shape.blocks)
-    for number in layers:
-        if not 0 <= number < len(names):
-            raise ValueError(
-                f"layers: expected numbers of decoder blocks, 0 to {len(names) - 1}, got {number}"
-            )
-    starts = tuple(f"{names[number]}." for number in layers)
-    kept = {name: p for name, p in chosen.items() if name.startswith(starts)}
-    if not kept:
-        raise ValueError(
-            f"layers, parameters: expected some of {parameters!r} in blocks {list(layers)}, "
-            "got none"
-        )
-    return kept
 
 
 def largest_read(shape: ModelShape, chosen: dict[str, nn.Parameter], tokens: int) -> int:

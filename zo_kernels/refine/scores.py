@@ -192,7 +192,7 @@ class Scores:
             "quantization": scheme,
             "estimator": config.estimator,
             "prompts": self.examples,
-            "stable": None if self.separation is None and not self.settled else self.settled,
+            "settled": None if self.separation is None and not self.settled else self.settled,
             "loss": self.loss,
             "forwards": self.forwards,
             "naive_forwards": self.naive_forwards,
