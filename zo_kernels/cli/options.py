@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from zo_kernels.files import changed_settings
 from zo_kernels.pipeline.settings import fits, numbered
 
 
@@ -151,6 +153,27 @@ def read_suite(
         else:
             values[option] = path.parent / value if option in files else value
     return values
+
+
+def expect_same(path: Path, settings: Mapping[str, Any], free: Container[str], what: str) -> None:
+    """Refuse to go on in a folder with what other settings have left there.
+
+    Args:
+        path: the folder's JSON file of settings.
+        settings: those asked for.
+        free: names of those that may change.
+        what: was done with them.
+
+    Raises:
+        ValueError: they differ; names in what.
+    """
+    before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    changed = changed_settings(before, settings, free)
+    if changed:
+        raise ValueError(
+            f"out: expected a new folder or one of the same {what}, got {path.parent}, which "
+            f"differs in {', '.join(changed)}; --fresh starts it over"
+        )
 
 
 def examples_of(options: argparse.Namespace, split: str) -> list[Any]:
