@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -126,6 +127,40 @@ def test_a_killed_refinement_is_resumed_and_replayed(files, tmp_path, capsys, mo
     assert len(set(prints.values())) == 1
     assert run("refine", *options, "--out", out, "--steps", 6, "--resume") == 1
     assert "resume: expected what an unfinished run leaves" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "ends"),
+    [
+        ("align", ["--save-every", 2], ["", ".jsonl"]),
+        ("refine", ["--held-out-every", 2, "--patience", 3], ["", ".jsonl", ".zolog"]),
+    ],
+)
+def test_a_run_is_finished_before_its_figure_is_drawn(
+    command, options, ends, files, tmp_path, monkeypatch
+):
+    data, folder = tmp_path / "data.jsonl", tmp_path / "new"
+    data.write_text((files / "data.jsonl").read_text() * 4)  # so that some can be held out
+    arguments = [command, *model_options(files), "--data", data, "--out", folder / "out"]
+    arguments += ["--steps", 4, "--batch-size", 2, *options]
+
+    def stop(logs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zo_kernels.robustness.plots.loss_per_step", stop)
+        assert run(*arguments) == 130
+    assert sorted(p.name for p in folder.iterdir()) == [f"out{end}" for end in ends]
+    assert len(read_records(folder / "out.jsonl")) == 4
+    assert run(*arguments) == 0 and (folder / "out.png").exists()
+
+
+def test_a_missing_matplotlib_is_said_before_the_work(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for command in ("align", "refine"):
+        assert run(command, *model_options(files), "--out", tmp_path / "out") == 1
+        assert "matplotlib: pip install 'zo-kernels[refine]'" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
@@ -375,9 +410,20 @@ def test_an_existing_folder_with_other_files_is_refused(files, tmp_path, capsys)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_help_shows_options_with_their_meaning(capsys):
+def help_of(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        run("refine", "--help")
+        run(command, "--help")
     assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_shows_options_with_their_meaning(capsys):
+    text = help_of("refine", capsys)
     assert "--eps EPS perturbation scale, a number; or" in text and "(default: 0.1)" in text
+
+
+def test_help_says_what_auto_is(capsys):
+    for command in ("align", "dpo"):
+        assert "--dtype DTYPE auto (float32), float32, bfloat16" in help_of(command, capsys)
+    for command in ("refine", "score", "evaluate"):
+        assert "--dtype DTYPE auto (fast on the device), float32" in help_of(command, capsys)

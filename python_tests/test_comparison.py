@@ -60,7 +60,7 @@ def test_interval_of_several_draws() -> None:
     exact = scipy.stats.ttest_1samp(prompts, 0)
     assert by_prompts[2] == pytest.approx(exact.pvalue)
     assert by_prompts[:2] == pytest.approx(tuple(exact.confidence_interval()))
-    assert statistics.crossed(np.full((2, 3), 0.5)) == (0.5, 0.5, 0.0)
+    assert statistics.crossed(np.full((2, 3), 0.5)) == (0.5, 0.5, 1e-9)
     assert statistics.crossed(np.zeros((2, 3))) == (0.0, 0.0, 1.0)
     low, high = statistics.interval(np.array([[[1, 1, 1], [1, 1, 0.0]]]), rate=True, seed=0)
     assert 0 <= low < high == 1.0
@@ -150,6 +150,7 @@ def test_compare() -> None:
     assert (same.low, same.high) == pytest.approx((0.025 ** (1 / 8) - 1, 1 - 0.025 ** (1 / 8)))
     all_of_them = statistics.compare([[[1] * 8] * 2], [[[0] * 8] * 2], rate=True, seed=0)
     assert all_of_them.low == -1.0 and all_of_them.high == pytest.approx(-(0.025 ** (1 / 8)))
+    assert (all_of_them.test, all_of_them.p_value) == ("mcnemar", 2 / 2**8)
     wide = statistics.compare([[[0] * 8] * 2], [[[1] * 8, [0] + [1] * 7]], rate=True, seed=0)
     assert wide.high == 1.0 > wide.low > 0
     rounding = statistics.compare(
@@ -165,6 +166,16 @@ def test_compare() -> None:
         statistics.compare(a, [[[1, 0]]], rate=True, seed=0)
     with pytest.raises(ValueError, match="zeros and ones"):
         statistics.compare([[[0.5]]], [[[1]]], rate=True, seed=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (1, 2, 3), (2, 3, 3)])
+def test_alike_differences_of_a_rate_are_as_many_as_there_are_prompts(shape) -> None:
+    """More seeds and draws that show no spread make three prompts no surer."""
+    found = statistics.compare(np.zeros(shape), np.ones(shape), rate=True, seed=0)
+    assert (found.test, found.p_value) == ("mcnemar", statistics.mcnemar(0, 3))
+    assert found.p_value == 0.25
+    none = statistics.compare(np.ones(shape), np.ones(shape), rate=True, seed=0)
+    assert (none.test, none.p_value) == ("mcnemar", 1.0)
 
 
 def test_items_and_bounds() -> None:

@@ -211,6 +211,14 @@ def test_the_command_and_its_resumption(tmp_path, capsys, monkeypatch):
         losses.append([(r["step"], r["loss"]) for r in read_records(tmp_path / f"{name}.jsonl")])
     assert len(prints) == 1 and losses[0] == losses[1] and len(losses[0]) == 5
     assert sorted(p.name for p in tmp_path.glob("parts*")) == ["parts", "parts.jsonl", "parts.png"]
+    with monkeypatch.context() as patch:
+
+        def stop_drawing(logs):
+            raise KeyboardInterrupt
+
+        patch.setattr("zo_kernels.robustness.plots.loss_per_step", stop_drawing)
+        assert run("undrawn") == 130
+    assert sorted(p.name for p in tmp_path.glob("undrawn*")) == ["undrawn", "undrawn.jsonl"]
     assert run("parts", "--resume") == 1
     assert "resume: expected what an unfinished run leaves" in capsys.readouterr().err
 

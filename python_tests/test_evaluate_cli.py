@@ -258,6 +258,13 @@ def test_suite_errors(files, tmp_path, capsys, text, message) -> None:
     assert not out.exists()
 
 
+def test_a_suite_has_numbers_without_a_dot(tmp_path) -> None:
+    """Which YAML reads as texts."""
+    path = tmp_path / "suite.yaml"
+    path.write_text("noise: [5e-2, 0.1]\nlabel: 1e-3\n")
+    assert evaluate_module.suite_defaults(path) == {"noise": [0.05, 0.1], "label": "1e-3"}
+
+
 def test_a_suite_may_leave_limits_open(files, tmp_path) -> None:
     suite = tmp_path / "open.yaml"
     suite.write_text(SUITE.replace("harm", f"{files}/harm").replace("text.txt", f"{files}/text.txt")

@@ -8,7 +8,7 @@ import stat
 
 import pytest
 
-from zo_kernels.files import check_writable, write_file
+from zo_kernels.files import changed_settings, check_writable, write_file
 from zo_kernels.refine.records import read_records, write_records
 
 
@@ -83,3 +83,11 @@ def test_what_cannot_be_written(tmp_path):
     check_writable(tmp_path / "file")
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "file").read_text() == "mine"
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_settings_that_have_changed():
+    """As JSON has them: a list is a tuple's; what was not there has changed, what went has not."""
+    before = {"a": 1, "layers": [1, 2], "gone": 3, "seconds": 4}
+    assert changed_settings(before, {"a": 1, "layers": (1, 2), "seconds": 5}, ("seconds",)) == []
+    now = {"seconds": 5, "new": None, "layers": (2,), "other": 0}
+    assert changed_settings(before, now) == ["layers", "other", "seconds"]

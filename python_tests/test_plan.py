@@ -16,7 +16,16 @@ import torch
 from measure_plan import examples, run
 from tiny_models import CONFIGS
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    FuyuConfig,
+    Gemma3Config,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    OPTConfig,
+    RwkvConfig,
+)
 
 from zo_kernels import cli
 from zo_kernels.cli.plan import parse_bytes
@@ -216,6 +225,12 @@ def test_command(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["chosen"] == "master8" and found["budget"] == 18_500_000_000
     assert [one["mode"] for one in found["plans"]] == [one.mode for one in all_plans(LLAMA)]
+    assert cli_run(*options, "--queries", 4, "--json") == 0
+    [one, four] = (
+        {plan["mode"]: plan["normals"] for plan in plans}
+        for plans in (found["plans"], json.loads(capsys.readouterr().out)["plans"])
+    )
+    assert four["streamed"] == 4 * one["streamed"] and four["dpo"] == one["dpo"]
     assert cli_run(*options, "--mode", "streamed", "--budget", "10GB") == 1
     assert "'streamed' needs least, 17." in capsys.readouterr().err
 
@@ -224,11 +239,13 @@ def test_command(capsys):
     ("arguments", "message"),
     [
         (["--mode", "stream"], r"mode: expected one of \['streamed', .*'dpo'\], got 'stream'"),
-        (["--layers", "31", "32"], "layers: expected numbers of decoder blocks, 0 to 31, got 32"),
+        (["--layers", "31", "32"], "layers: expected 0 to 31, got 32"),
         (["--parameters", "*.mlpp.*"], "'\\*.mlpp.\\*' matches no parameter"),
-        (["--parameters", "*norm*", "--layers", "1", "--quantized", "int9"], "scheme"),
-        (["--parameters", "lm_head*", "--layers", "1"], "expected some of 'lm_head\\*' in blocks"),
+        (["--parameters", "*norm*", "--layers", "1", "--quantized", "int9"], "quantized: .*scheme"),
+        (["--quantized", "int4-a8"], "quantized: expected one of weights alone, got 'int4-a8'"),
+        (["--parameters", "lm_head*", "--layers", "1"], "layers: expected some of 'lm_head\\*' in"),
         (["--mode", "align-sgd", "--layers", "1"], "layers: expected none with mode 'align-sgd'"),
+        (["--mode", "align-sgd", "--queries", "4"], "queries: expected 1 with mode .* got 4"),
         (["--dtype", "int8"], "dtype: expected one of .*, got 'int8'"),
         (["--device", "tpu"], "device: expected one of .*, got 'tpu'"),
         (["--completion", "512"], "completion: expected 1 to 511, less than length, got 512"),
@@ -244,7 +261,7 @@ def test_command_refuses(arguments, message, capsys):
 
 
 def test_models_that_cannot_be_planned(tmp_path, capsys):
-    """No config, a broken one, another kind of model, blocks that are not modelled."""
+    """No config, a broken one, another kind of model, blocks not modelled or in two lists."""
     with pytest.raises(FileNotFoundError, match=r"expected a Hugging Face directory with config"):
         plan(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -256,6 +273,26 @@ def test_models_that_cannot_be_planned(tmp_path, capsys):
     CONFIGS["mixtral"]().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.gate' .*activations are not modelled"):
         plan(tmp_path)
+    for kind, name in ((MambaConfig, "mamba"), (RwkvConfig, "rwkv")):
+        kind(vocab_size=64, hidden_size=32, num_hidden_layers=2).save_pretrained(tmp_path)
+        assert cli_run("--model", tmp_path) == 1
+        message = f"expected a config with num_attention_heads, got none in '{name}'"
+        assert message in capsys.readouterr().err
+    text = {**WIDTHS, "intermediate_size": 704, "head_dim": 32}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+    Gemma3Config(text_config=text, vision_config=vision).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"blocks in one list, got 'model.vision_tower.* and 'mod"):
+        plan(tmp_path)
+
+
+def test_the_text_part_of_a_config(tmp_path):
+    """Of a model that sees: widths, heads and activation are those of its language model."""
+    text = {**WIDTHS, "intermediate_size": 704, "model_type": "llama", "num_key_value_heads": 2}
+    FuyuConfig(text_config=text).save_pretrained(tmp_path)
+    shape = read_shape(tmp_path, torch.float32)
+    assert (shape.name, shape.heads, shape.activation) == ("fuyu", 8, "silu")
+    assert [block.key for block in shape.blocks.values()] == [64, 64]
 
 
 def test_sizes():

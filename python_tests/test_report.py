@@ -26,7 +26,7 @@ SCORES = {
         for i in (2, 0, 1)
     ],
     "settings": {"rho": 1e-3, "relative": True, "draws": 4, "quantization": "int4-g128"}
-    | {"estimator": "antithetic", "prompts": 64, "stable": False},
+    | {"estimator": "antithetic", "prompts": 64, "settled": False},
 }
 COSTS = [
     {"stage": "alignment", "steps": 100, "seconds": 800.0, "forwards": 2400.0}
@@ -94,7 +94,7 @@ def test_report(tmp_path) -> None:
     assert lines[start + 2].startswith("| 2 (model.layers.2) | +0.04 ± 0.01 |")  # by number
     assert lines[start + 2].endswith("| yes |") and '<tr class="yes"><td>2 (model' in page
     assert any("4 draws a block), and quantised to int4-g128." in line for line in lines)
-    assert any(line.startswith("The selection is not stable") for line in lines)
+    assert any(line.startswith("The selection is not settled") for line in lines)
     again = write_report(target, made_up("a", 0.0), title="B", arms=["a"])
     assert not set(FIGURES) - {"metric_vs_noise.png", "quantization.png"} & set(again)
     assert sorted(p.name for p in target.iterdir()) == sorted(again)  # nor left over
@@ -181,7 +181,7 @@ def test_figure_of_layer_scores(blocks: int) -> None:
     rows[-1] = rows[-1] | {"noise": None, "noise_se": None, "score": None}
     assert is_figure(plots.layer_scores(rows, SCORES["settings"]))
     without = [row | {"quant": None} for row in rows]
-    settings = SCORES["settings"] | {"quantization": None, "relative": False, "stable": None}
+    settings = SCORES["settings"] | {"quantization": None, "relative": False, "settled": None}
     assert plots.layer_scores(without, settings) != plots.layer_scores(rows, settings)
 
 
@@ -234,6 +234,21 @@ def test_figures_without_data() -> None:
     assert plots.layer_map(clean, {"a": "A"}) is None
 
 
+@pytest.mark.parametrize("arms", [2, 10])  # side by side, and below each other
+def test_figures_have_no_panel_of_what_was_not_measured(arms, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr("zo_kernels.robustness.plots.conditions.png", drawn.append)
+    names = {f"arm {i}": f"Arm {i}" for i in range(arms)}
+    records = [r | {"refusal_rate": None} for name in names for r in made_up(name, 0.0)]
+    plots.metric_vs_noise(records, names)
+    plots.quantized_bars(records, names)
+    for figure in drawn:
+        assert {axis.get_title() for axis in figure.axes} == {"Refusal loss", "Perplexity"}
+    assert len(drawn) == 2
+    nothing = [r | dict.fromkeys(("refusal_loss", "perplexity")) for r in records]
+    assert plots.quantized_bars(nothing, names) is None
+
+
 def test_layer_rises_mark_what_is_missing() -> None:
     records = made_up("a", 0.0)[:1] + in_blocks("a", [0.5, 0.25])
     records[1]["refusal_losses"][0] = None
@@ -257,6 +272,6 @@ def test_report_errors(tmp_path, monkeypatch) -> None:
     with pytest.raises(ValueError, match="one refusal_list"):
         write_report(tmp_path, records, title="t", arms=["a", "b"])
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"zo-kernels\[demo\]"):
+    with pytest.raises(ImportError, match=r"zo-kernels\[refine\]"):
         write_report(tmp_path, made_up("a", 0.0), title="t", arms=["a"])
     assert not list(tmp_path.iterdir())

@@ -303,7 +303,7 @@ def test_scores_go_through_a_file(tmp_path):
         ({"seconds": 0.0}, "seconds: expected a positive number"),
         ({"seed": -1}, "seed: expected 0 <= seed"),
         ({"seed": 2**64}, "seed: expected 0 <= seed"),
-        ({"quantization": "int9"}, "expected a scheme"),
+        ({"quantization": "int9"}, "quantization: expected a scheme"),
         ({"quantization": "int8-a8"}, "quantization: expected one of weights alone, got 'int8-a8'"),
         ({"selected": 3}, "selected: expected at most the model's 2 decoder blocks, got 3"),
     ],

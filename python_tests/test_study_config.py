@@ -42,6 +42,15 @@ def test_files_that_come_along_are_read_in_full(path):
     assert config.model == where
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
+def test_files_that_come_along_have_every_control_and_one_length(path):
+    config = read_study(path)
+    controls = {"more_fo", "fo_noise", "walk", "walk_robust", "zo_random", "zo_magnitude"}
+    assert controls | {"zo_full", "zo_robust"} <= {arm.name for arm in config.arms}
+    lengths = {part.max_length for part in (config.score, config.refine, config.evaluation)}
+    assert len(lengths) == 1
+
+
 def test_arms_of_a_file(tmp_path):
     path = tmp_path / "study.yaml"
     path.write_text(
@@ -64,6 +73,42 @@ def test_arms_of_a_file(tmp_path):
     assert config.refinement(late, 7, 5, None).layers == (3, 4)
 
 
+def test_numbers_that_yaml_reads_as_texts(tmp_path):
+    """YAML wants a dot in front of an exponent."""
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        "model: base\nalign: {lr: 1e-3, optimizer: sgd}\nrefine: {lr: 2e-3, eps: match:1e-1}\n"
+        "evaluation: {noise: [5e-2, 0.1]}\narms: [{name: a, kind: fo, options: {lr: 3e-4}}]\n"
+    )
+    config = read_study(path)
+    assert (config.align.lr, config.refine.lr, config.evaluation.noise) == (1e-3, 2e-3, (0.05, 0.1))
+    assert config.refine.eps == "match:1e-1" and config.arms[0].options == {"lr": 3e-4}
+
+
+def test_arms_of_another_kind_have_but_the_name(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        "model: base\nrefine: {eps: 0.25}\narms:\n"
+        "  - {name: fo_noise, kind: zo}\n"
+        "  - {name: zo_robust, kind: fo, options: {noise: eps, lr: 0.5}}\n"
+        "  - {name: walk, kind: fo, options: }\n"
+    )
+    assert read_study(path).arms == (
+        Arm("fo_noise", "zo"),
+        Arm("zo_robust", "fo", options={"noise": "eps", "lr": 0.5}),
+        Arm("walk", "fo"),
+    )
+    steps = read_study(path).first_order_steps(read_study(path).arms[1], 0, 1)
+    assert (steps.noise, steps.lr) == (0.25, 0.5)
+
+
+@pytest.mark.parametrize("text", ["", " null", " none", " ~"])
+def test_a_model_that_is_aligned_already(text, tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(f"align:{text}\nmodel: base\n")
+    assert read_study(path).align is None
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -75,11 +120,13 @@ def test_arms_of_a_file(tmp_path):
         ("model: m\nalign: 3", "align: expected a mapping of options, got 3"),
         ("model: m\nalign: {steps: many}", r"align\.steps: expected int, got 'many'"),
         ("model: m\nalign: {steps: 0}", "align: steps: expected at least 1, got 0"),
-        ("model: m\nalign: {lr: 1e-3}", r"align\.lr: expected float, got '1e-3'"),
+        ("model: m\nalign: {lr: fast}", r"align\.lr: expected float, got 'fast'"),
+        ("model: m\nalign: {lr: inf}", r"align\.lr: expected float, got 'inf'"),
+        ("model: m\nalign: {steps: 1e3}", r"align\.steps: expected int, got '1e3'"),
         ("model: m\nscore: {rho: -1}", "score: rho: expected a positive number, got -1"),
         ("model: m\nscore: {reuse_prefix: 1}", r"score\.reuse_prefix: expected bool, got 1"),
         ("model: m\nrefine: {mode: magic}", "refine: mode: expected one of"),
-        ("model: m\nrefine: {lr: 1e-3}", "refine: lr: expected a number or 'auto', got '1e-3'"),
+        ("model: m\nrefine: {lr: nan}", "refine: lr: expected a number or 'auto', got 'nan'"),
         ("model: m\nrefine: {seed: 3}", r"refine\.seed: expected no such option in a study"),
         ("model: m\nrefine: {layers: [3]}", r"refine\.layers: expected no such option in a study"),
         ("model: m\nrefine: {seconds: 3}", r"refine\.seconds: expected none where arms have equal"),
@@ -116,6 +163,10 @@ def test_arms_of_a_file(tmp_path):
         ("model: m\narms: [{name: a, kind: zo, options: {lr: no}}]", r"lr: expected float"),
         ("model: m\narms: [{name: a, kind: zo, options: {eps: -1}}]", "eps: expected a finite"),
         ("model: m\narms: [{name: a, kind: zo, options: {mode: x}}]", r"arms\.a: mode: expected"),
+        ("model: m\narms: [{name: zo_full, options: 0}]", r"zo_full\.options: expected a mapping"),
+        ("model: m\narms: [{name: a, kind: zo, options: [lr]}]", r"a\.options: expected a mapping"),
+        ("model: m\narms: [{name: a, kind: fo, options: {noise: x}}]", "noise: expected float"),
+        ("model: m\narms: [{name: a, kind: zo, options: {noise: eps}}]", r"\.options: expected op"),
         ("model: m\narms: [{name: a, kind: fo, options: {eps: 1}}]", r"arms\.a\.options: expected"),
         ("model: m\narms: [{name: a, kind: zo, options: {seed: 1}}]", r"arms\.a\.options\.seed: "),
         ("model: m\narms: [{name: a, kind: fo, options: {steps: 1}}]", r"arms\.a\.options\.steps"),

@@ -1,15 +1,19 @@
-"""Files and folders that are replaced in one step: under a name lies the old or all of the new."""
+"""Files and folders that are replaced in one step: under a name lies the old or all of the new.
+
+And whether a folder's work may go on: ``changed_settings``.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def write_file(path: str | os.PathLike[str], data: str | bytes) -> None:
@@ -103,6 +107,20 @@ def check_replaceable(target: Path) -> None:
             f"output: expected a new, empty or checkpoint directory, got {target}, which holds "
             "other files"
         )
+
+
+def changed_settings(
+    before: Mapping[str, Any], settings: Mapping[str, Any], free: Container[str] = ()
+) -> list[str]:
+    """Names of the settings that are not what they were, in alphabetical order.
+
+    Args:
+        before: as a JSON file had them.
+        settings: as JSON can hold them.
+        free: names of those that may change.
+    """
+    now = json.loads(json.dumps(settings))
+    return sorted(name for name in now if name not in free and before.get(name) != now[name])
 
 
 def sync(path: Path) -> None:

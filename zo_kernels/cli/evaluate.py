@@ -10,7 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from zo_kernels.cli.options import add_model, add_options, examples_of, read, read_suite
+from zo_kernels.cli.options import (
+    add_model,
+    add_options,
+    examples_of,
+    expect_same,
+    read,
+    read_suite,
+)
 from zo_kernels.cli.show import print_report
 
 CONFIG = ("zo_kernels.robustness.conditions", "EvaluationConfig")
@@ -155,22 +162,15 @@ def _finished(
 
     path, records_path = out / "evaluation.json", out / "evaluation.jsonl"
     times_path = out / "times.jsonl"
-    wanted = json.loads(json.dumps(settings))
     records = read_records(records_path) if records_path.exists() and not fresh else []
     if records:
-        found = json.loads(path.read_text("utf-8")) if path.exists() else {}
         # Answers of float32 models do not depend on it (losses in their last bits), others' may.
         free = {*FREE, "batch_size"} if settings["dtype"] == "torch.float32" else FREE
-        changed = sorted(k for k in wanted if k not in free and found.get(k) != wanted[k])
-        if changed:
-            raise ValueError(
-                f"out: expected a new folder or one of the same evaluation, got {out}, which "
-                f"differs in {', '.join(changed)}; --fresh starts it over"
-            )
+        expect_same(path, settings, free, "evaluation")
     else:
         for name in (*PAGES, *FIGURES, records_path.name, times_path.name):
             (out / name).unlink(missing_ok=True)
-    write_file(path, json.dumps(wanted, indent=1) + "\n")
+    write_file(path, json.dumps(settings, indent=1) + "\n")
     known = {record["condition"] for record in records}
     times = read_records(times_path) if times_path.exists() else []
     return records, [time for time in times if time["condition"] in known]

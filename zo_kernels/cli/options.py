@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from zo_kernels.pipeline.settings import fits
+from zo_kernels.files import changed_settings
+from zo_kernels.pipeline.settings import fits, numbered
 
 
-def add_model(command: argparse.ArgumentParser, data: str = "") -> None:
-    """Options that name a model, its data and where it runs; ``data`` says what is not built in."""
+def add_model(
+    command: argparse.ArgumentParser, data: str = "", *, auto: str = "fast on the device"
+) -> None:
+    """Options that name a model, its data and where it runs.
+
+    Args:
+        command: which gets them.
+        data: what its data is, where none is built in.
+        auto: what --dtype auto is.
+    """
     command.add_argument("--model", type=Path, required=True, help="Hugging Face directory")
     builtin = "JSON lines: prompt, completion, kind (default: built in)"
     command.add_argument("--data", type=Path, required=bool(data), help=data or builtin)
     command.add_argument(
-        "--dtype", default="auto", help="auto (fast on the device), float32, bfloat16, float16"
+        "--dtype", default="auto", help=f"auto ({auto}), float32, bfloat16, float16"
     )
     command.add_argument("--device", default="cpu", help="torch device")
     command.add_argument("--max-length", type=int, default=512, help="tokens of one example")
@@ -134,6 +144,7 @@ def read_suite(
         if option not in types:
             known = [*types, *folders]
             raise ValueError(f"{path}: expected options out of {known}, got {key!r}")
+        value = numbered(value, types[option])
         several = isinstance(value, list) and option in lists
         if not all(fits(item, types[option]) for item in (value if several else [value])):
             raise ValueError(f"{path}: {key}: expected {types[option]}, got {value!r}")
@@ -142,6 +153,27 @@ def read_suite(
         else:
             values[option] = path.parent / value if option in files else value
     return values
+
+
+def expect_same(path: Path, settings: Mapping[str, Any], free: Container[str], what: str) -> None:
+    """Refuse to go on in a folder with what other settings have left there.
+
+    Args:
+        path: the folder's JSON file of settings.
+        settings: those asked for.
+        free: names of those that may change.
+        what: was done with them.
+
+    Raises:
+        ValueError: they differ; names in what.
+    """
+    before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    changed = changed_settings(before, settings, free)
+    if changed:
+        raise ValueError(
+            f"out: expected a new folder or one of the same {what}, got {path.parent}, which "
+            f"differs in {', '.join(changed)}; --fresh starts it over"
+        )
 
 
 def examples_of(options: argparse.Namespace, split: str) -> list[Any]:

@@ -16,39 +16,39 @@ if TYPE_CHECKING:
     from zo_kernels.replay import Log
 
 
-def add_commands(commands: Any, command: Any) -> None:
+def add_commands(commands: Any, make: Any) -> None:
     """Add them to the parser.
 
     Args:
         commands: what ``add_subparsers`` gave.
-        command: makes one: command(commands, name, run, text).
+        make: makes one: make(commands, name, run, text).
     """
-    one = command(commands, "replay", _replay, "rebuild a refined model from its base and its log")
-    _add_base(one)
-    one.add_argument("--log", type=Path, required=True, help="the log of the run")
-    one.add_argument("--out", type=Path, required=True, help="folder for the model")
-    part = one.add_mutually_exclusive_group()
+    command = make(commands, "replay", _replay, "rebuild a refined model from its base and its log")
+    _add_base(command)
+    command.add_argument("--log", type=Path, required=True, help="the log of the run")
+    command.add_argument("--out", type=Path, required=True, help="folder for the model")
+    part = command.add_mutually_exclusive_group()
     part.add_argument("--steps", type=int, metavar="N", help="the first N steps only")
     part.add_argument("--undo", type=int, metavar="N", help="without the last N steps")
-    _add_where(one)
+    _add_where(command)
 
     logs = commands.add_parser(
         "log", help="look at replay logs", description="Look at replay logs."
     ).add_subparsers(dest="action", required=True, metavar="ACTION")
-    one = command(logs, "info", _info, "what a log holds")
-    one.add_argument("log", type=Path, metavar="FILE", help="the log")
-    one.add_argument("--json", action="store_true", help="machine-readable, with all steps")
+    command = make(logs, "info", _info, "what a log holds")
+    command.add_argument("log", type=Path, metavar="FILE", help="the log")
+    command.add_argument("--json", action="store_true", help="machine-readable, with all steps")
 
-    one = command(logs, "verify", _verify, "replay without writing, and compare fingerprints")
-    one.add_argument("log", type=Path, metavar="FILE", help="the log")
-    _add_base(one)
-    one.add_argument("--model", type=Path, help="folder of the model after all steps")
-    _add_where(one)
+    command = make(logs, "verify", _verify, "replay without writing, and compare fingerprints")
+    command.add_argument("log", type=Path, metavar="FILE", help="the log")
+    _add_base(command)
+    command.add_argument("--model", type=Path, help="folder of the model after all steps")
+    _add_where(command)
 
-    one = command(logs, "diff", _diff, "what two logs differ in")
-    one.add_argument("a", type=Path, metavar="A", help="a log")
-    one.add_argument("b", type=Path, metavar="B", help="another one")
-    one.add_argument("--json", action="store_true", help="machine-readable")
+    command = make(logs, "diff", _diff, "what two logs differ in")
+    command.add_argument("a", type=Path, metavar="A", help="a log")
+    command.add_argument("b", type=Path, metavar="B", help="another one")
+    command.add_argument("--json", action="store_true", help="machine-readable")
 
 
 def _add_base(command: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zo_kernels.cli.options import add_model, add_options, examples_of, read
+from zo_kernels.cli.options import add_model, add_options, examples_of, expect_same, read
 
 if TYPE_CHECKING:
     from zo_kernels.refine.scores import Scores
@@ -78,17 +78,10 @@ def _finished(out: Path, settings: dict[str, Any], fresh: bool) -> list[dict[str
     from zo_kernels.refine.records import read_records
 
     path, losses = out / "score.json", out / "losses.jsonl"
-    wanted = json.loads(json.dumps(settings))
     found = read_records(losses) if losses.exists() and not fresh else []
     if found:
-        before = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        changed = sorted(k for k in wanted if k not in FREE and before.get(k) != wanted[k])
-        if changed:
-            raise ValueError(
-                f"out: expected a new folder or one of the same scoring, got {out}, which differs "
-                f"in {', '.join(changed)}; --fresh starts it over"
-            )
-    write_file(path, json.dumps(wanted, indent=1) + "\n")
+        expect_same(path, settings, FREE, "scoring")
+    write_file(path, json.dumps(settings, indent=1) + "\n")
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ def add_commands(commands: Any, make: Any) -> None:
         make: makes one: make(commands, name, run, text).
     """
     command = make(commands, "align", _align, "first-order SFT on the completion tokens")
-    _add_training(command)
+    _add_training(command, auto="float32")
     _add_saving(command)
     add_options(command, "zo_kernels.refine.align", "AlignConfig", skip=("first_batch",))
 
     command = make(commands, "dpo", _dpo, "first-order alignment on preference pairs, by TRL")
-    _add_training(command, "JSON lines: prompt, chosen, rejected, or PKU-SafeRLHF's columns")
+    pairs = "JSON lines: prompt, chosen, rejected, or PKU-SafeRLHF's columns"
+    _add_training(command, pairs, auto="float32")
     command.add_argument(
         "--preferred", default="safer", help="which judgement of PKU-SafeRLHF: safer or better"
     )
@@ -32,7 +33,7 @@ def add_commands(commands: Any, make: Any) -> None:
     add_options(command, "zo_kernels.refine.dpo", "DPOConfig", skip=("max_length",))
 
     command = make(commands, "refine", _refine, "zeroth-order refinement")
-    _add_training(command)
+    _add_training(command, auto="fast on the device")
     _add_resume(command)
     command.add_argument(
         "--scores", type=Path, metavar="FILE",
@@ -48,8 +49,8 @@ def add_commands(commands: Any, make: Any) -> None:
     )
 
 
-def _add_training(command: argparse.ArgumentParser, data: str = "") -> None:
-    add_model(command, data)
+def _add_training(command: argparse.ArgumentParser, data: str = "", *, auto: str) -> None:
+    add_model(command, data, auto=auto)
     command.add_argument("--out", type=Path, required=True, help="folder for the new model")
 
 
@@ -73,21 +74,27 @@ def _add_saving(command: argparse.ArgumentParser) -> None:
 def _train(
     options: argparse.Namespace,
     run: Any,
+    finish: Callable[[], Any],
     earlier: Sequence[dict[str, Any]] = (),
     pairs: Sequence[Any] = (),
 ) -> None:
-    """What these commands share: check, load, run with a log and a bar, save, say.
+    """What these commands share: check, load, run with a log and a bar, save, draw, say.
 
-    ``earlier`` are the records of the steps that a resumed run took before; ``pairs`` are what
-    ``run`` gets instead of encoded examples.
+    ``finish`` is called once the model is saved, and puts away what ``--resume`` goes by. It comes
+    before the records get their name, and they before the figure: whatever stops the command in
+    between, the run is finished. ``earlier`` are the records of the steps that a resumed run took
+    before; ``pairs`` are what ``run`` gets instead of encoded examples.
     """
     from zo_kernels import chat
     from zo_kernels.files import check_replaceable
     from zo_kernels.progress import progress_bar
     from zo_kernels.refine import checkpoint
     from zo_kernels.refine.records import MetricsLog, write_records
+    from zo_kernels.robustness.plots import loss_per_step
+    from zo_kernels.robustness.plots.canvas import load_matplotlib
 
     check_replaceable(options.out)
+    load_matplotlib()  # that it is missing comes up before the work
     examples = [] if pairs else examples_of(options, "train")
     model, tokenizer = checkpoint.load(options.model, dtype=options.dtype, device=options.device)
     encoded = pairs or chat.encode(tokenizer, examples, max_length=options.max_length)
@@ -97,9 +104,8 @@ def _train(
     with MetricsLog(partial) as log, progress_bar(options.command) as progress:
         records = [*earlier, *run(model, tokenizer, encoded, log.write, progress)]
     checkpoint.save(model, tokenizer, options.out)
+    finish()
     partial.replace(log_path)
-    from zo_kernels.robustness.plots import loss_per_step
-
     plot = options.out.parent / f"{options.out.name}.png"
     plot.write_bytes(loss_per_step({options.command: records}))
     print(
@@ -125,9 +131,9 @@ def _align(options: argparse.Namespace) -> None:
             state=state, save_every=options.save_every, resume=options.resume,
             on_step=on_step, progress=progress,
         ),
+        lambda: state.unlink(missing_ok=True),
         read_state(state)[0] if options.resume else (),
     )  # fmt: skip
-    state.unlink(missing_ok=True)
 
 
 def _dpo(options: argparse.Namespace) -> None:
@@ -157,10 +163,10 @@ def _dpo(options: argparse.Namespace) -> None:
             save_every=options.save_every, resume=options.resume,
             on_step=on_step, progress=progress,
         ),
+        lambda: shutil.rmtree(state, ignore_errors=True),
         earlier,
         pairs,
     )  # fmt: skip
-    shutil.rmtree(state, ignore_errors=True)
 
 
 def _check_unfinished(path: Path, unfinished: bool, resume: bool) -> None:
@@ -192,6 +198,11 @@ def _refine(options: argparse.Namespace) -> None:
     partial = options.out.parent / f"{options.out.name}.partial.jsonl"
     log = unfinished if config.mode != "mezo" else None  # whose drift no log can hold
     earlier = logged_records(partial, unfinished) if options.resume else ()
+
+    def finish() -> None:
+        if log is not None:
+            unfinished.replace(final)
+
     _train(
         options,
         lambda model, tokenizer, encoded, on_step, progress: ZORefiner(
@@ -205,8 +216,8 @@ def _refine(options: argparse.Namespace) -> None:
             on_step=on_step,
             progress=progress,
         ),
+        finish,
         earlier,
     )
     if log is not None:
-        unfinished.replace(final)
         print(f"replay log {final}: {final.stat().st_size} bytes")

@@ -19,12 +19,14 @@ import torch
 from torch import nn
 
 from zo_kernels import ops
+from zo_kernels.blocks import linear_weights
 from zo_kernels.modes import MODES
 from zo_kernels.pipeline.footprint import Work, backward_peak, forward_peak
-from zo_kernels.pipeline.shapes import ModelShape, largest_read, read_shape, selected
+from zo_kernels.pipeline.shapes import ModelShape, largest_read, read_shape
 from zo_kernels.pipeline.traffic import traffic
 from zo_kernels.pipeline.workload import Workload
 from zo_kernels.refine.checkpoint import DTYPES, fast_dtype
+from zo_kernels.refine.config import select_parameters
 
 FIRST_ORDER = ("align-sgd", "align-adamw", "align-noise", "dpo")
 """Training by gradients: plain SGD, AdamW, AdamW at noisy weights, AdamW on pairs of answers."""
@@ -32,6 +34,13 @@ PREFERENCE = ("master", "master8", "dual", "streamed", "inplace")
 """Modes in the order in which ``choose`` takes them for 16-bit weights."""
 PREFERENCE_FLOAT32 = ("dual", "streamed", "inplace")
 """The same for float32 weights, which neither masters nor residuals make more exact."""
+# Options of a refinement alone: what they are without one, and the word for it.
+_REFINED = {
+    "layers": (None, "none"),
+    "quantized": (None, "none"),
+    "parameters": ("linear", "none"),
+    "queries": (1, "1"),
+}
 _SAMPLE = 1 << 18  # weights on which the exceptions of "inplace" are counted
 _MOMENTS, _PIECE = 16, 1 << 22  # bytes per element, elements at a time: ``zo_kernels.moments``
 
@@ -119,11 +128,11 @@ def plans(config: str | os.PathLike[str], modes: Sequence[str], **workload: Any)
     for mode in modes:
         if mode not in known:
             raise ValueError(f"mode: expected one of {list(known)}, got {mode!r}")
-        for option, plain in (("layers", None), ("quantized", None), ("parameters", "linear")):
+        for option, (plain, word) in _REFINED.items():
             if mode in FIRST_ORDER and getattr(work, option) != plain:
                 raise ValueError(
-                    f"{option}: expected none with mode {mode!r}, which trains all parameters as "
-                    f"they are, got {getattr(work, option)!r}"
+                    f"{option}: expected {word} with mode {mode!r}, which trains all parameters as "
+                    f"they are by gradients, got {getattr(work, option)!r}"
                 )
     shapes: dict[torch.dtype, ModelShape] = {}
     found = []
@@ -137,11 +146,7 @@ def plans(config: str | os.PathLike[str], modes: Sequence[str], **workload: Any)
 
 def all_plans(config: str | os.PathLike[str], **workload: Any) -> list[Plan]:
     """Of every mode of ``ZOSGD``, and of ``FIRST_ORDER`` for all parameters as they are."""
-    as_they_are = {
-        name: value
-        for name, value in workload.items()
-        if name not in ("layers", "quantized", "parameters")
-    }
+    as_they_are = {name: value for name, value in workload.items() if name not in _REFINED}
     return [
         *plans(config, list(MODES), **workload),
         *plans(config, FIRST_ORDER, **as_they_are),
@@ -216,7 +221,7 @@ def _plan(
 
 def _refine(shape: ModelShape, mode: str, work: Workload) -> Plan:
     """Refinement in a mode of ``ZOSGD``."""
-    chosen = selected(shape, work.parameters, work.layers)
+    chosen = dict(select_parameters(shape.model, work.parameters, work.layers))
     dtype = next(iter(chosen.values())).dtype
     evaluation = _evaluation(work, dtype, output=dtype.itemsize)
     count = sum(parameter.numel() for parameter in chosen.values())
@@ -224,7 +229,7 @@ def _refine(shape: ModelShape, mode: str, work: Workload) -> Plan:
     copies = 2 if mode == "dual" else 1
     read = largest_read(shape, chosen, evaluation.tokens) if streams else 0
     if work.quantized is not None:
-        read = max(read, largest_read(shape, selected(shape), evaluation.tokens))
+        read = max(read, largest_read(shape, linear_weights(shape.model), evaluation.tokens))
     forward = forward_peak(shape, evaluation, dual=mode == "dual")
     exceptions = _exceptions(count, dtype, work) if mode == "inplace" else 0
     largest = max(parameter.numel() for parameter in chosen.values())
@@ -279,7 +284,8 @@ def _first_order(shape: ModelShape, mode: str, work: Workload) -> Plan:
     output = 2 if mixed else dtype.itemsize
     evaluation = _evaluation(work, dtype, output=output, pairs=2 if mode == "dpo" else 1)
     peak = backward_peak(shape, evaluation, gradient_bytes=4)
-    noisy = sum(p.numel() for p in selected(shape).values()) if mode == "align-noise" else 0
+    linears = linear_weights(shape.model)
+    noisy = sum(p.numel() for p in linears.values()) if mode == "align-noise" else 0
     largest = max(parameter.numel() for parameter in shape.model.parameters())
     kept = {
         "float32 masters": 4 * shape.elements if dtype.itemsize == 2 else 0,
@@ -290,5 +296,5 @@ def _first_order(shape: ModelShape, mode: str, work: Workload) -> Plan:
         "16-bit gradient of the largest leaf": 2 * largest if dtype.itemsize == 2 else 0,
         "activations": peak.activations,
     }
-    moved = traffic(shape, mode, selected(shape), evaluation.tokens, queries=1)
+    moved = traffic(shape, mode, linears, evaluation.tokens, queries=1)
     return _plan(shape, mode, work, shape.elements, moved, kept)

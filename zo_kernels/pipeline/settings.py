@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
@@ -22,12 +23,29 @@ def fits(value: Any, annotation: str) -> bool:
     return any(isinstance(value, kinds.get(one, ())) for one in annotation.split(" | "))
 
 
+def numbered(value: Any, annotation: str) -> Any:
+    """The value with numbers for the texts that YAML has for them, such as 1e-3 without a dot.
+
+    Only where the field of this type may be a float, and only finite ones.
+    """
+    if isinstance(value, list):
+        return [numbered(one, annotation) for one in value]
+    if not isinstance(value, str) or "float" not in annotation:
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return number if math.isfinite(number) else value
+
+
 def configured(kind: type[Config], values: Mapping[str, Any] | None, where: str) -> Config:
     """A configuration from a mapping of its fields; those that it does not name have defaults.
 
     Args:
         kind: a dataclass.
-        values: by field name, with - or _; lists where the field is a tuple.
+        values: by field name, with - or _; lists where the field is a tuple, and texts of numbers
+            where it is one (``numbered``).
         where: what errors begin with.
 
     Raises:
@@ -44,9 +62,10 @@ def configured(kind: type[Config], values: Mapping[str, Any] | None, where: str)
         name = str(key).replace("-", "_")
         if name not in types:
             raise ValueError(f"{where}: expected options out of {list(types)}, got {key!r}")
-        if not fits(value, types[name]):
+        found = numbered(value, types[name])
+        if not fits(found, types[name]):
             raise ValueError(f"{where}.{name}: expected {types[name]}, got {value!r}")
-        chosen[name] = tuple(value) if isinstance(value, list) else value
+        chosen[name] = tuple(found) if isinstance(found, list) else found
     for field in fields(kind):
         if field.default is field.default_factory is MISSING and field.name not in chosen:
             raise ValueError(f"{where}: expected {field.name} among the options, got none")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import nn
 
 from zo_kernels.blocks import decoder_blocks, is_conv1d, linear_layers
 from zo_kernels.refine.checkpoint import skeleton
-from zo_kernels.refine.config import select_parameters
 
 _ALIGNMENT = 64  # bytes, between two copies in one scratch: as ``modes.reads.Scratch``
 _COMPOSED = ("gelu_new", "gelu_fast", "gelu_accurate")  # of many torch functions, not of one
@@ -107,18 +105,29 @@ def read_shape(config: str | os.PathLike[str], dtype: torch.dtype) -> ModelShape
 
     Raises:
         FileNotFoundError: there is no config.json.
-        ValueError: as of ``checkpoint.skeleton``, or decoder blocks that are not attention and one
-            MLP of linears: names what.
+        ValueError: as of ``checkpoint.skeleton``, a model without attention heads, or decoder
+            blocks in several lists, or that are not attention and one MLP of linears: names what.
     """
     model = skeleton(config, dtype)
-    text = model.config
-    heads = text.num_attention_heads
+    text = model.config.get_text_config()  # of models that see or hear it is a part of the config
+    heads = getattr(text, "num_attention_heads", None)
+    if heads is None:
+        raise ValueError(
+            f"model: expected a config with num_attention_heads, got none in {text.model_type!r}, "
+            "whose activations are not modelled"
+        )
     keys = getattr(text, "num_key_value_heads", None) or heads
     activation = getattr(text, "hidden_act", None) or getattr(text, "activation_function", "")
     blocks = decoder_blocks(model)
+    lists = dict.fromkeys(name.rpartition(".")[0] for name in blocks)
+    if len(lists) > 1:
+        raise ValueError(
+            f"model: expected decoder blocks in one list, got {' and '.join(map(repr, lists))}, "
+            "whose activations are not modelled"
+        )
     norms = [m for m in next(iter(blocks.values())).modules() if _is_norm(m)]
     return ModelShape(
-        name=text.model_type,
+        name=model.config.model_type,
         model=model,
         blocks={name: _block_shape(name, block, heads, keys) for name, block in blocks.items()},
         vocabulary=model.get_output_embeddings().weight.shape[0],
@@ -181,37 +190,6 @@ def _in_and_out(layer: nn.Module) -> tuple[int, int]:
     """Widths of what a linear layer takes and gives."""
     rows, columns = layer.weight.shape
     return (rows, columns) if is_conv1d(layer) else (columns, rows)
-
-
-def selected(
-    shape: ModelShape, parameters: str = "linear", layers: Sequence[int] | None = None
-) -> dict[str, nn.Parameter]:
-    """The parameters that a refinement changes, by name.
-
-    Args:
-        parameters: "linear", "all" or patterns, as in ``RefineConfig``.
-        layers: only those of the decoder blocks with these numbers; None: no such limit.
-
-    Raises:
-        ValueError: nothing is chosen, a pattern matches nothing, or there is no such block.
-    """
-    chosen = dict(select_parameters(shape.model, parameters))
-    if layers is None:
-        return chosen
-    names = list(shape.blocks)
-    for number in layers:
-        if not 0 <= number < len(names):
-            raise ValueError(
-                f"layers: expected numbers of decoder blocks, 0 to {len(names) - 1}, got {number}"
-            )
-    starts = tuple(f"{names[number]}." for number in layers)
-    kept = {name: p for name, p in chosen.items() if name.startswith(starts)}
-    if not kept:
-        raise ValueError(
-            f"layers, parameters: expected some of {parameters!r} in blocks {list(layers)}, "
-            "got none"
-        )
-    return kept
 
 
 def largest_read(shape: ModelShape, chosen: dict[str, nn.Parameter], tokens: int) -> int:

@@ -19,8 +19,10 @@ def read_study(path: str | os.PathLike[str]) -> StudyConfig:
     """Read a study from a YAML file; ``configs/`` has some.
 
     Sections align, score, refine, first_order and evaluation are mappings of their classes' fields
-    ("align: none" for a model that is aligned already). Arms are names out of ``ARMS``, or mappings
-    of an ``Arm``'s fields. Files are relative to the YAML file, but for a model that is a word.
+    ("align: none", or nothing, for a model that is aligned already). Arms are names out of
+    ``ARMS``, or mappings of an ``Arm``'s fields; one of a name and kind out of ``ARMS`` takes what
+    it does not say from there. Model, data and text are relative to the YAML file, but for the
+    model "smollm2".
 
     Raises:
         ValueError: not YAML, or an unknown or impossible option; names it.
@@ -44,11 +46,13 @@ def read_study(path: str | os.PathLike[str]) -> StudyConfig:
         ("first_order", AlignConfig),
         ("evaluation", EvaluationConfig),
     ):
-        if name == "align" and found.get(name) == "none":
+        if name not in found:
+            continue
+        given = found.pop(name)
+        if name == "align" and given in (None, "none"):
             sections[name] = None
-            del found[name]
-        elif name in found:
-            sections[name] = configured(kind, found.pop(name), f"{path}: {name}")
+        else:
+            sections[name] = configured(kind, given, f"{path}: {name}")
     if "arms" in found:
         sections["arms"] = tuple(_arm(arm, path) for arm in _listed(found.pop("arms"), path))
     plain = configured(StudyConfig, found, str(path))
@@ -78,17 +82,30 @@ def _arm(value: Any, path: Path) -> Arm:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise ValueError(f"{path}: arms: expected names or mappings with a name, got {value!r}")
     values = dict(value)
-    options = values.pop("options", {})
+    given = values.pop("options", None)
     known = ARMS.get(values["name"])
+    if known is not None and values.get("kind", known.kind) != known.kind:
+        known = None  # it has but the name
     base = asdict(known) if known is not None else {}
     base.pop("options", None)
     arm = configured(Arm, base | values, f"{path}: arms.{values['name']}")
-    kind = {"zo": RefineConfig, "fo": AlignConfig}.get(arm.kind)
-    if options and kind is None:
-        raise ValueError(f"{path}: arms.{arm.name}: expected no options of a {arm.kind}, got some")
-    if options:
-        parsed = configured(kind, options, f"{path}: arms.{arm.name}.options")
-        options = {str(key).replace("-", "_"): None for key in options}
-        options = {key: getattr(parsed, key) for key in options}
     inherited = dict(known.options) if known is not None else {}
-    return replace(arm, options=inherited | options)
+    return replace(arm, options=inherited | _options(arm, given, f"{path}: arms.{arm.name}"))
+
+
+def _options(arm: Arm, given: Any, where: str) -> dict[str, Any]:
+    """Those that a file gives an arm: fields of its kind's class."""
+    if given in (None, {}):
+        return {}
+    kind = {"zo": RefineConfig, "fo": AlignConfig}.get(arm.kind)
+    if kind is None:
+        raise ValueError(f"{where}: expected no options of a {arm.kind}, got some")
+    where = f"{where}.options"
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: expected a mapping of options, got {given!r}")
+    named = {str(key).replace("-", "_"): value for key, value in given.items()}
+    taken = {}
+    if arm.kind == "fo" and named.get("noise") == "eps":
+        taken["noise"] = named.pop("noise")  # StudyConfig.first_order_steps makes it a number
+    parsed = configured(kind, named, where)
+    return taken | {key: getattr(parsed, key) for key in named}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from zo_kernels.noise import DISTRIBUTIONS
 from zo_kernels.refine.checkpoint import DTYPES
-from zo_kernels.robustness.conditions import parse_scheme
+from zo_kernels.robustness.conditions import check_weight_scheme
 
 
 @dataclass(frozen=True)
@@ -64,4 +64,4 @@ class Workload:
         if not (math.isfinite(self.eps) and self.eps >= 0):
             raise ValueError(f"eps: expected a finite number of at least 0, got {self.eps}")
         if self.quantized is not None:
-            parse_scheme(self.quantized)
+            check_weight_scheme("quantized", self.quantized)

@@ -10,7 +10,7 @@ from typing import Any
 from zo_kernels.blocks import decoder_blocks, linear_weights
 from zo_kernels.modes import MODES
 from zo_kernels.optim import named_parameters
-from zo_kernels.robustness.conditions import parse_scheme
+from zo_kernels.robustness.conditions import check_weight_scheme
 
 SCHEDULES = ("constant", "cosine")
 _OPTIMIZER = (
@@ -108,8 +108,8 @@ class RefineConfig:
         eps, relative = self.scale()
         if self.lr == "auto" and not eps > 0:
             raise ValueError(f"lr: expected a number where eps is 0, got {self.lr!r}")
-        if self.quantized is not None and parse_scheme(self.quantized)["activations"]:
-            raise ValueError(f"quantized: expected one of weights alone, got {self.quantized!r}")
+        if self.quantized is not None:
+            check_weight_scheme("quantized", self.quantized)
         if self.patience and not self.held_out_every:
             raise ValueError("patience: expected held_out_every with it, got 0")
         noise = self.held_out_noise

@@ -26,7 +26,7 @@ from typing import Any
 from zo_kernels import noise
 from zo_kernels.chat import HARMFUL
 from zo_kernels.files import write_file
-from zo_kernels.robustness.conditions import parse_scheme
+from zo_kernels.robustness.conditions import check_weight_scheme
 
 ESTIMATORS = {"antithetic": (1, -1), "one-sided": (1,)}
 """Name -> signs of the draws that are evaluated."""
@@ -106,10 +106,8 @@ class ScoreConfig:
             )
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed: expected 0 <= seed < 2**64, got {self.seed}")
-        if self.quantization != "none" and parse_scheme(self.quantization)["activations"]:
-            raise ValueError(
-                f"quantization: expected one of weights alone, got {self.quantization!r}"
-            )
+        if self.quantization != "none":
+            check_weight_scheme("quantization", self.quantization)
 
     def draw_range(self) -> tuple[int, int]:
         """The least and the greatest number of draws."""
@@ -194,7 +192,7 @@ class Scores:
             "quantization": scheme,
             "estimator": config.estimator,
             "prompts": self.examples,
-            "stable": None if self.separation is None and not self.settled else self.settled,
+            "settled": None if self.separation is None and not self.settled else self.settled,
             "loss": self.loss,
             "forwards": self.forwards,
             "naive_forwards": self.naive_forwards,

@@ -113,6 +113,16 @@ def parse_scheme(name: str) -> dict[str, Any]:
     }
 
 
+def check_weight_scheme(option: str, name: str) -> None:
+    """Raise ValueError, which names the option, for another name than a scheme of weights alone."""
+    try:
+        activations = parse_scheme(name)["activations"]
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
+    if activations:
+        raise ValueError(f"{option}: expected one of weights alone, got {name!r}")
+
+
 def default_conditions(
     noise: Sequence[float] = (0.05, 0.1),
     draws: int = 3,

@@ -13,7 +13,7 @@ FIELDS = (
 rises of the loss with this block alone perturbed and quantised (nats per token), `score` what they
 are combined to, `slope` the loss's derivative along the perturbation, `*_se` standard errors over
 draws. A number is None where it was not measured; `selected` is whether the block is refined."""
-SETTINGS = ("rho", "relative", "draws", "quantization", "estimator", "prompts", "stable")
+SETTINGS = ("rho", "relative", "draws", "quantization", "estimator", "prompts", "settled")
 """How they were measured: scale of the perturbation and whether it is relative to the weights'
 standard deviation, draws a block, the scheme of the quantisation term (None: no such term), the
 estimator's name, prompts, and whether the selection is beyond the standard errors (None: unknown).
@@ -44,11 +44,11 @@ def scores_told(settings: Mapping[str, Any]) -> list[str]:
         f"({settings['estimator']} estimator, {_count(settings['draws'], 'draw')} a block)"
         + (f", and quantised to {scheme}." if scheme else "; without a quantisation term."),
         {
-            True: "The selection is stable: it stands beyond the scores' standard errors.",
-            False: "The selection is not stable: within the scores' standard errors other draws "
+            True: "The selection is settled: it stands beyond the scores' standard errors.",
+            False: "The selection is not settled: within the scores' standard errors other draws "
             "could have selected other blocks.",
             None: "Whether other draws would select the same blocks was not determined.",
-        }[settings["stable"]],
+        }[settings["settled"]],
     ]
 
 

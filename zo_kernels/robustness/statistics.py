@@ -17,8 +17,10 @@ import numpy as np
 
 RESAMPLES = 9_999
 """Resamples of the bootstrap and of the sign-flip test, whose least p is 2 / (RESAMPLES + 1)."""
-LEVEL = 0.95
-"""Coverage that intervals aim at."""
+COVERAGE = 0.95
+"""What intervals aim at."""
+LEAST = 1e-9
+"""The least p of ``crossed``."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Difference:
         low, high: 95 % interval: of one seed and draw the percentile bootstrap over prompts, of
             several ``crossed``.
         p_value: two-sided, against "no difference"; not below 1e-9 by ``crossed``.
-        test: "mcnemar" or "sign-flip" for one seed and draw, "crossed-t" for several.
+        test: "mcnemar" or "sign-flip" for one seed and draw, "crossed-t" for several; "mcnemar"
+            for a rate whose differences are all alike.
         effect: Cohen's d_z, mean over standard deviation of the prompts' mean differences; None
             where that is 0.
         only_a, only_b: of a rate, (seed, draw, prompt) triples that are 1 in a alone, in b alone.
@@ -64,7 +67,9 @@ def compare(a: Values, b: Values, *, rate: bool, seed: int) -> Difference:
 
     Returns:
         The difference b - a. Of one seed and draw it is tested over prompts, by McNemar's exact
-        test if it is a rate, else by ``sign_flip``; of several by ``crossed``.
+        test if it is a rate, else by ``sign_flip``; of several by ``crossed``. A rate whose
+        differences are all alike shows no spread to test by: there each prompt counts once in
+        McNemar's test, whatever the seeds and draws.
 
     Raises:
         ValueError: shapes differ, there is no pair, or a rate has other values than 0 and 1.
@@ -99,6 +104,7 @@ def compare(a: Values, b: Values, *, rate: bool, seed: int) -> Difference:
         room = exact_rate(0, prompts)[1]
         alike = float(differences.flat[0])
         low, high = max(alike - room, -1.0), min(alike + room, 1.0)
+        test, p_value = "mcnemar", mcnemar(prompts if alike else 0, 0)
     spread = units.std(ddof=1) if prompts > 1 else 0.0
     known = spread > 1e-12 * np.abs(differences).max(initial=0.0)
     return Difference(
@@ -154,7 +160,7 @@ def crossed(values: np.ndarray) -> tuple[float, float, float]:
             one of them.
 
     Returns:
-        low, high, p.
+        low, high, p. Values without any spread have p 1 if they are 0, else the least, 1e-9.
 
     Raises:
         ValueError: there is one value in all.
@@ -175,14 +181,13 @@ def crossed(values: np.ndarray) -> tuple[float, float, float]:
         widths = (variance * t.isf(chance / 2, freedom) ** 2 for variance, freedom in parts)
         return float(sum(widths)) ** 0.5
 
-    if half(1 - LEVEL) <= 1e-12 * np.abs(values).max(initial=0.0):
-        return mean, mean, 1.0 if mean == 0 else 0.0
-    least = 1e-9
-    if abs(mean) >= half(least):
-        p = least
+    if half(1 - COVERAGE) <= 1e-12 * np.abs(values).max(initial=0.0):
+        return mean, mean, 1.0 if mean == 0 else LEAST
+    if abs(mean) >= half(LEAST):
+        p = LEAST
     else:
-        p = float(brentq(lambda chance: half(chance) - abs(mean), least, 1.0, xtol=1e-12))
-    return mean - half(1 - LEVEL), mean + half(1 - LEVEL), p
+        p = float(brentq(lambda chance: half(chance) - abs(mean), LEAST, 1.0, xtol=1e-12))
+    return mean - half(1 - COVERAGE), mean + half(1 - COVERAGE), p
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -200,7 +205,7 @@ def exact_rate(count: int, total: int) -> tuple[float, float]:
     """95 % interval of Clopper and Pearson for a rate."""
     from scipy.stats import binomtest
 
-    found = binomtest(count, total).proportion_ci(LEVEL)
+    found = binomtest(count, total).proportion_ci(COVERAGE)
     return float(found.low), float(found.high)
 
 
@@ -235,7 +240,7 @@ def bootstrap(values: np.ndarray, *, seed: int) -> tuple[float, float]:
         values: [prompts].
         seed: of the resampling.
     """
-    tail = 50 * (1 - LEVEL)
+    tail = 50 * (1 - COVERAGE)
     low, high = np.percentile(_resampled(len(values), seed) @ values, (tail, 100 - tail))
     return float(low), float(high)
 

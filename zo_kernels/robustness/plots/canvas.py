@@ -49,9 +49,7 @@ def load_matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError(
-            "the report's plots need matplotlib: pip install 'zo-kernels[demo]'"
-        ) from error
+        raise ImportError("figures need matplotlib: pip install 'zo-kernels[refine]'") from error
     return matplotlib
 
 

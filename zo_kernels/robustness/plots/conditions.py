@@ -58,11 +58,7 @@ def metric_vs_noise(records: Sequence[dict[str, Any]], arms: Mapping[str, str]) 
         ImportError: matplotlib is missing.
     """
     kinds = [kind for kind in NOISES if any(r["kind"] == kind for r in whole(records))]
-    panels = {
-        metric: words
-        for metric, words in PANELS.items()
-        if any(r[metric] is not None for r in whole(records) if r["kind"] in (CLEAN, *kinds))
-    }
+    panels = _measured([r for r in whole(records) if r["kind"] in (CLEAN, *kinds)])
     if not kinds or not panels:
         return None
     with load_matplotlib().rc_context(STYLE):
@@ -95,19 +91,22 @@ def quantized_bars(records: Sequence[dict[str, Any]], arms: Mapping[str, str]) -
 
     Returns:
         A PNG file, or None where nothing was quantised. Whiskers of 95 % are over training seeds
-        and prompts (windows of text for the perplexity), points are training seeds.
+        and prompts (windows of text for the perplexity), points are training seeds. Metrics that
+        were not measured are left out.
 
     Raises:
         ImportError: matplotlib is missing.
     """
     chosen = [r for r in whole(records) if r["kind"] in (CLEAN, QUANTIZED)]
-    if all(r["kind"] == CLEAN for r in chosen):
+    panels = _measured(chosen)
+    if all(r["kind"] == CLEAN for r in chosen) or not panels:
         return None
     many = len(arms) * len({r["family"] for r in chosen}) > _BARS
     with load_matplotlib().rc_context(STYLE | {"hatch.linewidth": 1.5}):
-        figure = new_figure(15, 11.5 if many else 5.2)
-        axes = figure.subplots(len(PANELS), 1) if many else figure.subplots(1, len(PANELS))
-        for axis, (metric, (title, unit)) in zip(axes, PANELS.items(), strict=True):
+        figure = new_figure(15, 0.7 + 3.6 * len(panels) if many else 5.2)
+        lines, columns = (len(panels), 1) if many else (1, len(panels))
+        axes = figure.subplots(lines, columns, squeeze=False).flatten()
+        for axis, (metric, (title, unit)) in zip(axes, panels.items(), strict=True):
             _bars(axis, chosen, arms, metric, numbers=not many)
             axis.set(title=title, ylabel=unit)
             if not many or axis is axes[-1]:
@@ -117,6 +116,15 @@ def quantized_bars(records: Sequence[dict[str, Any]], arms: Mapping[str, str]) -
         fills = enumerate(arms.values())
         legend(figure, [Patch(label=name, **arm_fill(number)) for number, name in fills])
         return png(figure)
+
+
+def _measured(records: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
+    """Titles and units of the metrics that some record has."""
+    return {
+        metric: words
+        for metric, words in PANELS.items()
+        if any(r[metric] is not None for r in records)
+    }
 
 
 def _lines(
