@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from zo_kernels.files import write_file
+from zo_kernels.files import changed_settings, write_file
 from zo_kernels.pipeline.arms import Trained
 from zo_kernels.refine.records import read_records
 
@@ -54,7 +54,7 @@ class StudyFolder:
                 raise FileExistsError(
                     f"{path}: expected the settings of a study, got {found!r:.80}"
                 )
-            changed = sorted(k for k in wanted if k not in free and found.get(k) != wanted[k])
+            changed = changed_settings(found, wanted, free)
             if changed:
                 raise ValueError(
                     f"{self.path}: expected a new folder or a study with the same configuration, "
