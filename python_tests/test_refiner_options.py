@@ -25,7 +25,7 @@ from zo_kernels.modes import Slot
 from zo_kernels.moments import standard_deviation
 from zo_kernels.refine.config import RefineConfig, first_block, select_parameters
 from zo_kernels.refine.curvature import measure_curvature
-from zo_kernels.refine.held_out import noisy_loss
+from zo_kernels.refine.held_out import held_out_part, noisy_loss
 from zo_kernels.refine.objective import Objective, fixed_batches
 from zo_kernels.refine.scores import ScoreConfig
 from zo_kernels.refine.scoring import score
@@ -196,6 +196,21 @@ def test_the_held_out_loss_is_under_noise_on_all_linear_weights():
         assert torch.equal(copy, found)
 
 
+def test_which_examples_are_held_out():
+    """Every eighth of each kind, in the order of the data; of none too few."""
+    kinds = ["harmless", "harmful"] * 8 + ["harmful"] * 9
+    encoded = [chat.Encoded((number, 0), 1, kind) for number, kind in enumerate(kinds)]
+    training, held = held_out_part(encoded)
+    # harmless: 0, 2 ... 14; harmful: 1, 3 ... 15, then 16, 17 ... 24
+    assert [one.input_ids[0] for one in held] == [14, 15, 23]
+    assert training == [one for one in encoded if one not in held]
+    message = "at least 8 examples of each kind, to hold every 8th out, got 7 that are harmless"
+    with pytest.raises(ValueError, match=f"held_out: expected {message}$"):
+        held_out_part([one for one in encoded if one.input_ids[0] != 4])
+    with pytest.raises(ValueError, match=r"held_out: expected .* got none$"):
+        held_out_part([])
+
+
 def test_layers_confine():
     """What is moved, whatever the pattern; and where forwards can begin."""
     model = tiny_model("llama", layers=3)
@@ -320,7 +335,7 @@ def test_bad_options_are_named(options, message):
 
 
 def test_what_a_run_lacks_is_named(tmp_path):
-    too_few = "held_out: expected at least 8 examples of a kind"
+    too_few = "held_out: expected at least 8 examples of each kind, .* 2 that are harmless and 2"
     none = "held_out: expected examples for held_out_every, got none"
     for examples, message in ((None, too_few), ([], none)):
         with pytest.raises(ValueError, match=message):

@@ -22,17 +22,18 @@ def held_out_part(
     """Training examples without every so many-th of each kind, and these.
 
     Raises:
-        ValueError: there are so few that none is held out, or none left.
+        ValueError: there are so few examples of a kind that none is held out; names the kind.
     """
     counts: dict[str, int] = {}
     parts: tuple[list[Encoded], list[Encoded]] = ([], [])
     for example in encoded:
         counts[example.kind] = number = counts.get(example.kind, 0) + 1
         parts[number % every == 0].append(example)
-    if not all(parts):
+    few = [kind for kind, count in counts.items() if count < every]
+    if few or not counts:
         raise ValueError(
-            f"held_out: expected at least {every} examples of a kind, to hold every {every}th out, "
-            f"got {counts}"
+            f"held_out: expected at least {every} examples of each kind, to hold every {every}th "
+            f"out, got {' and '.join(f'{counts[kind]} that are {kind}' for kind in few) or 'none'}"
         )
     return parts
 
