@@ -68,7 +68,7 @@ class EarlyStop:
 
     Attributes:
         best: the least loss so far.
-        steps: after how many steps it was measured.
+        steps: after how many steps it was measured, 0 for none.
         losses: (steps, loss) of every measurement.
     """
 
@@ -82,6 +82,8 @@ class EarlyStop:
     def note(self, steps: int, loss: float, weights: Mapping[str, Tensor] | None = None) -> None:
         """Take a measurement after so many steps into account.
 
+        One before the first step (0) may be the best, but does not count as one without a new best.
+
         Args:
             weights: those that were measured, where the parameters are no longer these.
         """
@@ -92,7 +94,7 @@ class EarlyStop:
             self._copies = {
                 name: source[name].detach().to("cpu", copy=True) for name in self._parameters
             }
-        else:
+        elif steps:
             self._since += 1
 
     @property
