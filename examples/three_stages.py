@@ -21,6 +21,7 @@ from typing import Any
 
 import zo_kernels as zk
 from zo_kernels import chat
+from zo_kernels.blocks import decoder_blocks
 from zo_kernels.refine import checkpoint
 from zo_kernels.refine.objective import Objective, fixed_batches
 
@@ -43,6 +44,12 @@ def three_stages(
     )
     for config in (align, score, refine):
         config.check()  # before hours of work, not after
+    blocks = len(decoder_blocks(model))
+    if options.blocks > blocks:
+        raise ValueError(f"--blocks: expected at most the model's {blocks}, got {options.blocks}")
+    for split in (chat.TRAIN, chat.HELD_OUT):
+        if not chat.select(examples, kind=chat.HARMFUL, split=split):
+            raise ValueError(f"--data: expected refusals of split {split!r}, got none")
     train = chat.encode(tokenizer, chat.select(examples, split=chat.TRAIN), max_length=256)
 
     zk.align(model, tokenizer, train, align, progress=_say)

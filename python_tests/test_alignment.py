@@ -278,6 +278,21 @@ def test_states_of_other_runs_are_refused(tmp_path):
             run(model, fine, state=state, resume=True)
 
 
+def test_a_state_of_an_older_version_goes_on(tmp_path):
+    """It has an option that is no more, at the only value that this version can go on with."""
+    state, config = tmp_path / "state", replace(CONFIG, noise=0.0, steps=2)
+    run(tiny_model("llama"), config, state=state, save_every=1)
+    content = torch.load(state, weights_only=True)
+    for value, message in ((0, None), (3, "first_batch: expected 3 as in .*state, got 0")):
+        content["identity"]["options"]["first_batch"] = value
+        torch.save(content, state)
+        if message is None:
+            assert run(tiny_model("llama"), config, state=state, resume=True) == []
+        else:
+            with pytest.raises(ValueError, match=message):
+                run(tiny_model("llama"), config, state=state, resume=True)
+
+
 def test_steps_are_free_where_no_rate_hangs_on_them(tmp_path):
     """A longer run goes on where a shorter one ended, and time spent before counts."""
     config = replace(CONFIG, schedule="constant", warmup=0.0, steps=4)

@@ -13,8 +13,9 @@ import torch
 
 import zo_kernels as zk
 from zo_kernels import noise
+from zo_kernels.chat import Encoded, batch_stream
 from zo_kernels.modes import Slot
-from zo_kernels.refine.curvature import measure_curvature
+from zo_kernels.refine.curvature import mean_noise, measure_curvature
 
 EPS = 0.1
 
@@ -107,7 +108,8 @@ def test_the_gradients_share_is_told_from_batches_along_the_same_noise():
     """Batches with slopes g + n_j: q = |g|^2 / (|g|^2 + E|n|^2), here 1 / (1 + 3).
 
     Over R draws of M batches the estimate of |g|^2 has a standard error below
-    sqrt(2 / R) (|g|^2 + E|n|^2 / M), and that of E s^2 below sqrt(2 / R) of it.
+    sqrt(2 / R) (|g|^2 + E|n|^2 / M), and that of E s^2 below sqrt(2 / R) of it. The batches are the
+    training set, whose gradient their mean has without noise.
     """
     slot, loss, _, gradient = bowl(flat=True)
     generator = torch.Generator().manual_seed(8)
@@ -120,13 +122,42 @@ def test_the_gradients_share_is_told_from_batches_along_the_same_noise():
         w = slot.tensor.double()
         return [loss() + float((row * w).sum().detach()) for row in noises]
 
-    found = measure_curvature(losses, [slot], [1.0], EPS, draws=draws, seed=2)
+    found = measure_curvature(
+        losses, [slot], [1.0], EPS, draws=draws, seed=2, mean_noise=mean_noise(batches, 1, batches)
+    )
     squared = float(gradient.square().sum())
     error = 4 * math.sqrt(2 / draws)
     assert abs(found.squared_slope / squared - 4) < 4 * error
-    # The spread of these few batches is taken for that of many: |g|^2 less 3 |g|^2 / (M - 1).
-    expected = (1 - 3 / (batches - 1)) / 4
-    assert abs(found.gradient_share - expected) < error * (1 + 3 / batches)
+    assert abs(found.gradient_share - 1 / 4) < error * (1 + 3 / batches)
+
+
+@pytest.mark.parametrize(
+    ("batches", "size", "examples"), [(4, 1, 64), (4, 2, 16), (4, 2, 9), (4, 2, 8), (4, 4, 12)]
+)
+def test_the_mean_over_batches_has_the_noise_that_is_said(batches, size, examples):
+    """As a run takes them, over many seeds: the variance of the mean, in units of E s^2 / n.
+
+    Sampled variances over K seeds are within 4 sqrt(2 / K) of their mean; s^2 of batches that cross
+    into a next epoch, which may be there twice, has a bias of at most b / N besides.
+    """
+    values = torch.randn(examples, generator=torch.Generator().manual_seed(1)).tolist()
+    encoded = [Encoded((index, 0), 1, "harmless") for index in range(examples)]
+    means, spreads, seeds = [], [], 600
+    for seed in range(seeds):
+        stream = batch_stream(encoded, batch_size=size, seed=seed, pad_id=0)
+        taken = [
+            statistics.fmean(values[int(row[0])] for row in next(stream)["input_ids"])
+            for _ in range(batches)
+        ]
+        means.append(statistics.fmean(taken))
+        spreads.append(statistics.variance(taken) / batches)
+    expected = mean_noise(batches, size, examples) * statistics.fmean(spreads)
+    margin = 4 * math.sqrt(2 / seeds) + (size / examples if batches * size > examples else 0.0)
+    assert abs(statistics.variance(means, statistics.fmean(values)) - expected) < (
+        margin * expected + 1e-12
+    )
+    # Independent batches would have more, by more than that.
+    assert expected * (1 + margin) < statistics.fmean(spreads) or examples == 64
 
 
 def test_draws_are_addressed_apart_from_training():

@@ -66,6 +66,15 @@ def test_the_margin_grows(template, precision):
     assert tokenizer.pad_token == pad and all(p.grad is None for p in model.parameters())
 
 
+def test_dropout_is_the_models_own_again():
+    """TRL turns it off, for good."""
+    model = tiny_model("gpt2")
+    before = {n: m.p for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
+    dpo(model, tiny_tokenizer(), PAIRS, replace(CONFIG, steps=1))
+    after = {n: m.p for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
+    assert after == before and set(before.values()) == {0.1}
+
+
 def test_lr_zero_leaves_every_bit():
     model = tiny_model("llama")
     before = bits(model)
@@ -78,7 +87,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
     whole = tiny_model("llama_tied")
     expected = dpo(whole, tiny_tokenizer(), PAIRS, CONFIG)
 
+    seen = []
+
     def stop(record):
+        seen.append(record)
         if record["step"] == 6:
             raise KeyboardInterrupt
 
@@ -100,6 +112,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
     rest = dpo(model, tiny_tokenizer(), PAIRS, CONFIG, resume=True, **options)
     assert [(r["step"], r["loss"]) for r in rest] == [(r["step"], r["loss"]) for r in expected[6:]]
     assert same_bits(model, bits(whole))
+    assert seen[5]["seconds"] < rest[0]["seconds"] < rest[1]["seconds"]
+    # Another run does not begin in its folder, where its checkpoints would be taken for its own.
+    before = (state / "run.json").read_bytes()
+    with pytest.raises(FileExistsError, match="state: expected a folder without checkpoints, got"):
+        dpo(model, tiny_tokenizer(), PAIRS, replace(CONFIG, beta=0.2), **options)
+    assert (state / "run.json").read_bytes() == before
     with pytest.raises(FileNotFoundError, match="resume: expected an unfinished run's checkpoint"):
         dpo(model, tiny_tokenizer(), PAIRS, CONFIG, state=tmp_path / "none", resume=True)
 

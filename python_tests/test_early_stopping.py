@@ -7,17 +7,26 @@ import math
 
 import pytest
 import torch
-from tiny_models import EXAMPLES, bits, same_bits, tiny_model
+from tiny_models import EXAMPLES, bits, same_bits, tiny_model, tiny_tokenizer
 from tiny_refiner import logged, refiner, untimed
 
-from zo_kernels.refine.held_out import EarlyStop
-from zo_kernels.replay import read_log, replay_
+from zo_kernels.refine import checkpoint
+from zo_kernels.refine.held_out import EarlyStop, noisy_loss
+from zo_kernels.refine.records import MetricsLog, logged_records, read_records, write_records
+from zo_kernels.replay import read_log, replay_, replay_directory, verify
 
 HELD_OUT = EXAMPLES[1:3]
 STOP = {
     "steps": 16, "batch_size": 2, "lr": 100.0, "eps": 0.3, "held_out_every": 2,
     "held_out_draws": 2, "held_out_noise": 0.05, "patience": 2, "layers": (1,),
 }  # fmt: skip
+
+
+def held_out_loss(**options):
+    """That of the model that the runs begin with."""
+    options = {**options, "steps": 1, "lr": 0.0, "held_out_every": 1, "patience": 0}
+    run = refiner(tiny_model("llama", torch.bfloat16), **options)
+    return run.run(EXAMPLES, held_out=HELD_OUT)[0]["held_out_loss"]
 
 
 def stopped(path, model=None, **options):
@@ -34,7 +43,8 @@ def test_early_stopping_goes_back_to_the_best(mode, tmp_path):
     run, records = stopped(path, mode=mode)
     losses = {r["step"] + 1: r["held_out_loss"] for r in records if "held_out_loss" in r}
     best = min(losses, key=losses.get)
-    assert run.early_stop.losses == list(losses.items())
+    assert run.early_stop.losses[0] == (0, held_out_loss(**STOP))
+    assert run.early_stop.losses[1:] == list(losses.items())
     assert (run.early_stop.steps, run.early_stop.best) == (best, losses[best])
     assert len(records) == best + 2 * STOP["patience"] < STOP["steps"], losses
     log = read_log(path)
@@ -67,6 +77,38 @@ def test_losses_that_are_not_finite_are_never_the_best(tmp_path, monkeypatch):
     assert same_bits(run.model, bits(model))
 
 
+@pytest.mark.parametrize("mode", ["streamed", "master", "master8"])
+def test_a_run_that_only_harms_gives_the_model_back(mode, tmp_path, monkeypatch):
+    """The weights before the first step are measured too; the log has no steps, and replays."""
+    base = dict(tiny_model("llama", torch.bfloat16).named_parameters())
+
+    def distance(objective, slots, *_, **__):
+        return sum(float((s.tensor - base[s.name]).detach().abs().sum()) for s in slots)
+
+    monkeypatch.setattr("zo_kernels.refine.refiner.noisy_loss", distance)
+    checkpoint.save(tiny_model("llama", torch.bfloat16), tiny_tokenizer(), tmp_path / "base")
+    path, options = tmp_path / "log", {"mode": mode}
+    run, records = stopped(path, **options)
+    losses = [loss for _, loss in run.early_stop.losses]
+    assert losses[0] == 0.0 < min(losses[1:]) and run.early_stop.steps == 0
+    assert len(records) == 2 * STOP["patience"]
+    log, start = read_log(path), tiny_model("llama", torch.bfloat16)
+    assert same_bits(run.model, bits(start))
+    assert len(log.steps) == 0 and [mark.steps for mark in log.marks] == [0]
+    replay_(dict(start.named_parameters()), log)
+    assert same_bits(run.model, bits(start))
+    assert all(check.ok for check in verify(tmp_path / "base", log))
+    replay_directory(tmp_path / "base", log, tmp_path / "out")
+    replayed = checkpoint.load(tmp_path / "out", dtype="bfloat16")[0]
+    assert same_bits(run.model, bits(replayed))
+    # Killed in between, the run ends there too.
+    earlier = killed(tmp_path / "part", 2, True, **options)
+    again = refiner(tiny_model("llama", torch.bfloat16), **{**STOP, **options})
+    again.run(EXAMPLES, held_out=HELD_OUT, log=tmp_path / "part", resume=True, earlier=earlier)
+    assert same_bits(again.model, bits(start))
+    assert logged(tmp_path / "part") == logged(path)
+
+
 class Killed(BaseException):
     pass
 
@@ -86,6 +128,58 @@ def killed(path, after, written, **options):
     with pytest.raises(Killed):
         run.run(EXAMPLES, held_out=HELD_OUT, log=path, on_step=on_step)
     return records
+
+
+def test_a_run_is_interrupted_and_resumed_again_and_again(tmp_path, monkeypatch):
+    """In the held-out loss after a step, which costs its record, then later, as the commands do it.
+
+    The loss that the first resumption measures again is in the records for the second one.
+    """
+    options = {"patience": 6, "steps": 8}
+    _, records = stopped(tmp_path / "whole", **options)
+    log, lines = tmp_path / "log", tmp_path / "lines.jsonl"
+
+    def go_on(interrupt, resume=True):
+        earlier = logged_records(lines, log) if resume else []
+        write_records(lines, earlier)
+        calls = []
+
+        def measure(*args, **kwargs):
+            calls.append(0)
+            if interrupt == ("loss", len(calls)):
+                raise KeyboardInterrupt
+            return noisy_loss(*args, **kwargs)
+
+        monkeypatch.setattr("zo_kernels.refine.refiner.noisy_loss", measure)
+        run = refiner(tiny_model("llama", torch.bfloat16), **{**STOP, **options})
+        with MetricsLog(lines) as metrics:
+
+            def on_step(record):
+                metrics.write(record)
+                if interrupt == ("step", record["step"]):
+                    raise KeyboardInterrupt
+
+            if interrupt is None:
+                new = run.run(EXAMPLES, held_out=HELD_OUT, log=log, resume=resume,
+                              earlier=earlier, on_step=on_step)  # fmt: skip
+                return [*earlier, *new]
+            with pytest.raises(KeyboardInterrupt):
+                run.run(EXAMPLES, held_out=HELD_OUT, log=log, resume=resume, earlier=earlier,
+                        on_step=on_step)  # fmt: skip
+
+    go_on(("loss", 3), resume=False)  # of the start, after step 2, after step 4
+    assert [r["step"] for r in read_records(lines)] == [0, 1, 2]
+    go_on(("loss", 2))  # of the start, and again after step 4
+    go_on(("step", 5))
+    found = {r["step"]: r.get("held_out_loss") for r in read_records(lines)}
+    assert found[3] == records[3]["held_out_loss"] is not None
+    assert len(go_on(None)) == 8
+    last = {r["step"]: r for r in read_records(lines)}
+    for step, record in last.items():
+        assert record.get("held_out_loss") == records[step].get("held_out_loss")
+        assert record["losses_plus"] == records[step]["losses_plus"]
+        assert record["seconds"] >= last[max(step - 1, 0)]["seconds"]
+    assert logged(log) == logged(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("written", [True, False], ids=["written", "unwritten"])
@@ -132,3 +226,8 @@ def test_early_stop_by_itself():
     assert not stop.over
     stop.restore()
     assert parameter.tolist() == [7.0, 7.0]
+    stop = EarlyStop({"w": parameter}, patience=1)
+    stop.note(0, math.nan)
+    assert not stop.over  # nothing was tried yet
+    stop.note(2, math.nan)
+    assert stop.over and stop.best == math.inf

@@ -85,16 +85,26 @@ def test_three_stages(files, capsys):
 
 
 @pytest.mark.parametrize(
-    "option, error",
-    [("--out", SystemExit), ("--noise", ValueError), ("--blocks", ValueError)],
-    ids=["a folder that is there", "noise", "blocks"],
+    "option, value, error, message",
+    [
+        ("--out", ".", SystemExit, "2"),
+        ("--noise", 0, ValueError, "rho: expected a positive number"),
+        ("--blocks", 0, ValueError, "selected: expected at least 1"),
+        ("--blocks", 4, ValueError, "--blocks: expected at most the model's 3, got 4"),
+        ("--data", "train.jsonl", ValueError, "--data: expected refusals of split 'held_out'"),
+        ("--data", "held.jsonl", ValueError, "--data: expected refusals of split 'train'"),
+    ],
 )
-def test_three_stages_refuses_before_the_work(files, capsys, option, error):
+def test_three_stages_refuses_before_the_work(files, capsys, option, value, error, message):
     """Nothing is written."""
+    lines = (files / "data.jsonl").read_text().splitlines(keepends=True)
+    (files / "train.jsonl").write_text("".join(lines[:4]))
+    (files / "held.jsonl").write_text("".join([*lines[:2], lines[4]]))
     options = {"--model": files / "base", "--data": files / "data.jsonl", "--out": files / "new"}
-    options[option] = files if option == "--out" else 0
+    options["--blocks"] = 1
+    options[option] = files / value if isinstance(value, str) else value
     before = sorted(files.iterdir())
-    with pytest.raises(error):
+    with pytest.raises(error, match=message):
         example("three_stages").main([str(part) for pair in options.items() for part in pair])
     assert sorted(files.iterdir()) == before
     assert option != "--out" or "--out: expected a new folder" in capsys.readouterr().err

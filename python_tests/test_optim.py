@@ -177,6 +177,18 @@ def test_update_norm_hits_its_target_and_follows_the_schedule():
         assert optimizer.last_step.update_ratio == pytest.approx(ratio, rel=0.05)
 
 
+def test_update_norm_makes_no_step_of_a_rate_of_0():
+    """Also where the rate was 0 from the beginning; a rate that it gets later is one."""
+    weight, loss = quadratic()
+    start = weight.detach().clone()
+    optimizer = zk.ZOSGD([("w", weight)], lr=0.0, eps=1e-2, update_norm=1e-2)
+    optimizer.step(loss)
+    assert torch.equal(weight, start) and optimizer.last_step.lr == [0.0]
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.step(loss)
+    assert optimizer.last_step.update_ratio == pytest.approx(1e-2, rel=0.3)
+
+
 def test_weight_decay_and_clipping():
     weight, loss = quadratic()
     start = weight.detach().clone()

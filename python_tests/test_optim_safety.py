@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
 import warnings
 
 import pytest
@@ -67,6 +68,24 @@ def test_an_exception_leaves_the_weights(error, bad_call):
         optimizer.step(closure)
     assert same_bits(model, before) and optimizer.steps == 0
     assert optimizer.last_step.skipped.startswith(type(error).__name__)
+
+
+@pytest.mark.parametrize("mode", ["streamed", "inplace", "mezo"])
+def test_ctrl_c_during_the_update_leaves_a_step_that_was_taken(mode, monkeypatch):
+    model = tiny_model("llama")
+    before = bits(model)
+    optimizer = zk.ZOSGD(model.named_parameters(), lr=1e-2, eps=1e-2, mode=mode)
+    update = optimizer.mode.update
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        update(*args)
+
+    monkeypatch.setattr(optimizer.mode, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure_of(model))
+    assert optimizer.steps == 1 and not same_bits(model, before)
+    assert optimizer.last_step.skipped is None and optimizer.last_step.update_norm > 0
 
 
 def test_an_exception_in_mezo_mode_undoes_the_perturbation():

@@ -181,6 +181,24 @@ def test_models_whose_blocks_depend_on_more_are_refused(change, message):
     assert len(ZORefiner(model, tiny_tokenizer(), config).run(EXAMPLES)) == 1
 
 
+@pytest.mark.filterwarnings("ignore:ZOSGD. step 0 skipped")
+def test_a_loss_that_is_not_finite_is_not_the_prefix_s():
+    """The step is skipped; whether forwards can begin behind a block, the next loss tells."""
+    model = tiny_model("llama", layers=LAYERS)
+    weight = model.lm_head.weight.detach()
+    before, weight[0, 0] = float(weight[0, 0]), torch.nan
+    config = RefineConfig(steps=2, batch_size=2, layers=(2,), lr=0.1)
+    refiner = ZORefiner(model, tiny_tokenizer(), config)
+    checked = []
+
+    def on_step(record):
+        checked.append(refiner._prefix.checked)
+        weight[0, 0] = before
+
+    records = refiner.run(EXAMPLES, on_step=on_step)
+    assert [r["skipped"] is None for r in records] == [False, True] == checked
+
+
 def test_a_writer_is_noticed_after_the_check_too():
     model = tiny_model("llama", layers=LAYERS)
     objective = Objective(model, batches_of(model), prefix=(prefix := PrefixCache(model, 1)))

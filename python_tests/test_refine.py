@@ -15,7 +15,7 @@ from zo_kernels.blocks import linear_weights
 from zo_kernels.refine import checkpoint
 from zo_kernels.refine.align import AlignConfig, align, learning_rate_factor
 from zo_kernels.refine.config import RefineConfig, select_parameters
-from zo_kernels.refine.records import MetricsLog, read_records
+from zo_kernels.refine.records import MetricsLog, logged_records, read_records
 from zo_kernels.refine.refiner import ZORefiner
 
 
@@ -146,7 +146,9 @@ def test_select_parameters():
         (AlignConfig, {"lr": -1.0}, "lr: expected at least 0"),
         (AlignConfig, {"warmup": 1.0}, "warmup: expected a share below 1"),
         (AlignConfig, {"optimizer": "lion"}, "optimizer: expected one of"),
-        (AlignConfig, {"seconds": 0.0}, "expected positive"),
+        (AlignConfig, {"seconds": 0.0}, "seconds: expected a positive number, got 0.0"),
+        (AlignConfig, {"seconds": math.nan}, "seconds: expected a positive number, got nan"),
+        (AlignConfig, {"clip_norm": math.nan}, "clip_norm: expected a positive number, got nan"),
         (RefineConfig, {"batch_size": 0}, "batch_size: expected at least 1"),
         (RefineConfig, {"mode": "magic"}, "mode: expected one of"),
         (RefineConfig, {"schedule": "linear"}, "schedule: expected one of"),
@@ -220,5 +222,28 @@ def test_metrics_log(tmp_path):
     path.write_text('{"x": 1}\nnonsense\n' + json.dumps({"y": 2}) + "\n")
     with pytest.raises(ValueError, match=r"log\.jsonl:2: expected a JSON object, got 'nonsense'"):
         read_records(path)
+    path.write_text('{"x": 1}\n{"torn": ')
+    with MetricsLog(path) as log:
+        log.write({"y": 2})
+    assert read_records(path) == [{"x": 1}, {"y": 2}]
     with MetricsLog(path, fresh=True):
         assert path.read_text() == ""
+
+
+@pytest.mark.filterwarnings("ignore:ZOSGD. step 0 skipped")
+def test_losses_that_were_not_finite_are_read_as_nan(tmp_path):
+    """Null in JSON, which no number's format takes; what else is null stays so."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = math.inf
+    config = RefineConfig(steps=2, eps=0.0, lr=0.0, curvature_every=1)
+    refiner = ZORefiner(model, tiny_tokenizer(), config)
+    path, log = tmp_path / "lines.jsonl", tmp_path / "log"
+    with MetricsLog(path) as lines:
+        refiner.run(EXAMPLES, log=log, on_step=lines.write)
+    read = read_records(path)[0]
+    assert read["loss"] is None and read["losses_plus"] == [None] and read["trace"] is None
+    record = logged_records(path, log)[0]
+    losses = (record["loss"], record["clean_loss"], *record["losses_plus"], *record["losses_minus"])
+    assert len(losses) == 4 and all(map(math.isnan, losses)) and f"{losses[0]:.4f}" == "nan"
+    assert record["trace"] is None and record["seconds"] == read["seconds"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -25,7 +26,7 @@ from zo_kernels.modes import Slot
 from zo_kernels.moments import standard_deviation
 from zo_kernels.refine.config import RefineConfig, first_block, select_parameters
 from zo_kernels.refine.curvature import measure_curvature
-from zo_kernels.refine.held_out import noisy_loss
+from zo_kernels.refine.held_out import held_out_part, noisy_loss
 from zo_kernels.refine.objective import Objective, fixed_batches
 from zo_kernels.refine.scores import ScoreConfig
 from zo_kernels.refine.scoring import score
@@ -61,14 +62,13 @@ def test_accumulated_batches_are_one_batch(reuse):
     assert abs(sum(parts) / 4 - loss_of(model)()) > 1e-4
 
 
-def test_batches_go_on_where_others_ended():
-    """first_batch counts forwards' batches, accumulated ones too."""
-    found = []
-    for options in ({"steps": 3}, {"steps": 2, "first_batch": 2}):
-        model = tiny_model("llama")
-        options = {**options, "batch_size": 1, "accumulation": 2, "lr": 0.0, "eps": 0.0}
-        found.append([r["loss"] for r in refiner(model, **options).run(EXAMPLES)])
-    assert found[0][1:] == found[1]
+def test_batches_go_on_where_others_ended(tmp_path):
+    """A resumed run counts forwards' batches, accumulated ones too."""
+    options = {"batch_size": 1, "accumulation": 2, "lr": 0.0, "eps": 0.0}
+    whole = refiner(**options, steps=3).run(EXAMPLES)
+    refiner(**options, steps=1).run(EXAMPLES, log=tmp_path / "log")
+    rest = refiner(**options, steps=3).run(EXAMPLES, log=tmp_path / "log", resume=True)
+    assert untimed(rest) == untimed(whole[1:]) and len({r["loss"] for r in whole}) > 1
 
 
 def test_the_scale_of_the_noise():
@@ -130,6 +130,61 @@ def test_a_rate_that_is_measured(eps, tmp_path, monkeypatch):
     assert [r["lr"] for r in rest] == [r["lr"] for r in records[1:]]
     assert same_bits(resumed.model, bits(whole.model))
     assert logged(tmp_path / "part") == logged(tmp_path / "whole")
+
+
+def test_a_rate_that_is_measured_is_of_so_many_steps(tmp_path, monkeypatch):
+    """Other steps are refused, and so is a log that does not say what was measured."""
+    Quadratic.use(monkeypatch)
+    options = {"steps": 2, "lr": "auto", "eps": 0.3}
+    refiner(Quadratic(), **options).run(EXAMPLES, log=tmp_path / "log")
+    more = options | {"steps": 4}
+    with pytest.raises(ValueError, match=r"steps: expected 2 as in .*log, got 4"):
+        refiner(Quadratic(), **more).run(EXAMPLES, log=tmp_path / "log", resume=True)
+    header = read_log(tmp_path / "log").header
+    # Older versions left the steps out.
+    left = {k: v for k, v in header.user["options"].items() if k != "steps"}
+    older = replace(header, user=header.user | {"options": left})
+    LogWriter(tmp_path / "older", older).close()
+    records = refiner(Quadratic(), **more).run(EXAMPLES, log=tmp_path / "older", resume=True)
+    assert [r["lr"] for r in records] == [[header.user["lr"]]] * 4
+    bare = replace(header, user={k: v for k, v in header.user.items() if k != "lr"})
+    LogWriter(tmp_path / "bare", bare).close()
+    with pytest.raises(ValueError, match=r"lr: expected the rate that was .*bare, got None"):
+        refiner(Quadratic(), **options).run(EXAMPLES, log=tmp_path / "bare", resume=True)
+
+
+def test_the_time_of_what_is_measured_first_counts(monkeypatch):
+    """In the records and against the limit; one step is taken anyhow."""
+    Quadratic.use(monkeypatch)
+
+    def slowly(*args, **kwargs):
+        time.sleep(0.3)
+        return measure_curvature(*args, **kwargs)
+
+    monkeypatch.setattr("zo_kernels.refine.refiner.measure_curvature", slowly)
+    records = refiner(Quadratic(), steps=2, lr="auto", eps=0.3).run(EXAMPLES)
+    assert 0.3 <= records[0]["seconds"] <= records[1]["seconds"]
+    late = refiner(Quadratic(), steps=9, lr="auto", eps=0.3, seconds=0.3)
+    assert len(late.run(EXAMPLES)) == 1
+
+
+def test_the_mean_noise_is_that_of_the_batches_that_are_measured(monkeypatch):
+    """Four batches of the run's: without replacement, of so many examples."""
+    Quadratic.use(monkeypatch)
+    seen = []
+
+    def measure(*args, mean_noise, **kwargs):
+        seen.append(mean_noise)
+        return measure_curvature(*args, mean_noise=mean_noise, **kwargs)
+
+    monkeypatch.setattr("zo_kernels.refine.refiner.measure_curvature", measure)
+    for batch_size, accumulation, examples in ((1, 2, 16), (2, 1, 32), (1, 1, 4)):
+        run = refiner(
+            Quadratic(), steps=1, lr="auto", eps=0.3, batch_size=batch_size,
+            accumulation=accumulation,
+        )  # fmt: skip
+        run.run(EXAMPLES * (examples // 4))
+    assert seen == [0.5, 0.75, 0.0]
 
 
 def test_a_rate_that_cannot_be_told(monkeypatch):
@@ -194,6 +249,21 @@ def test_the_held_out_loss_is_under_noise_on_all_linear_weights():
         address = {"seed": 6, "direction": noise.CALIBRATION + 2**20 + draw}
         zk.perturb_([copy], 1.0, streams=[slots[0].stream], **address)
         assert torch.equal(copy, found)
+
+
+def test_which_examples_are_held_out():
+    """Every eighth of each kind, in the order of the data; of none too few."""
+    kinds = ["harmless", "harmful"] * 8 + ["harmful"] * 9
+    encoded = [chat.Encoded((number, 0), 1, kind) for number, kind in enumerate(kinds)]
+    training, held = held_out_part(encoded)
+    # harmless: 0, 2 ... 14; harmful: 1, 3 ... 15, then 16, 17 ... 24
+    assert [one.input_ids[0] for one in held] == [14, 15, 23]
+    assert training == [one for one in encoded if one not in held]
+    message = "at least 8 examples of each kind, to hold every 8th out, got 7 that are harmless"
+    with pytest.raises(ValueError, match=f"held_out: expected {message}$"):
+        held_out_part([one for one in encoded if one.input_ids[0] != 4])
+    with pytest.raises(ValueError, match=r"held_out: expected .* got none$"):
+        held_out_part([])
 
 
 def test_layers_confine():
@@ -288,10 +358,86 @@ def test_scores_give_the_first_step(tmp_path):
     )  # fmt: skip
     with pytest.raises(ValueError, match="warm_start: expected antithetic scores"):
         refiner(**options).run(EXAMPLES, scores=paper)
+    for name, value in (("update_norm", 1e-3), ("clip_projected_gradient", 1.0)):
+        with pytest.raises(ValueError, match=f"scores: expected .* without {name}, .* got {value}"):
+            refiner(**options, **{name: value}).run(EXAMPLES, scores=scores)
     # Parameters that no score is of begin without.
     other = refiner(**{**options, "layers": None, "parameters": "*norm*"})
     other.run(EXAMPLES, scores=scores, log=tmp_path / "other")
     assert read_log(tmp_path / "other").header.warm_start is None
+
+
+def test_scores_are_the_same_in_a_run_that_goes_on(tmp_path):
+    """A run that began with the scoring's step, or without, goes on as it began or not at all."""
+    config = ScoreConfig(selected=1, draws=2, max_draws=2, kind="all")
+    first = score(tiny_model("llama"), tiny_tokenizer(), tiny_encoded(), config)
+    others = replace(first, blocks=[replace(b, slopes=b.slopes[::-1]) for b in first.blocks])
+    options = {"steps": 1, "lr": 0.05, "eps": 0.1}
+    for name, scores in (("with", first), ("without", None)):
+        refiner(**options).run(EXAMPLES, scores=scores, log=tmp_path / name)
+    more = options | {"steps": 2}
+    for name, scores, message in (
+        ("with", None, "scores: expected those as .*with began, got none"),
+        ("with", others, "scores: expected those with which .*with began, got others"),
+        ("without", first, "scores: expected none as .*without began, got some"),
+    ):
+        run = refiner(**more)
+        with pytest.raises(ValueError, match=message):
+            run.run(EXAMPLES, scores=scores, log=tmp_path / name, resume=True)
+        assert run.optimizer.steps == 0 and run.optimizer.log is None
+    for name, scores in (("with", first), ("without", None)):
+        whole, again = refiner(**more), refiner(**more)
+        whole.run(EXAMPLES, scores=scores, log=tmp_path / f"{name} all")
+        again.run(EXAMPLES, scores=scores, log=tmp_path / name, resume=True)
+        assert same_bits(again.model, bits(whole.model))
+
+
+def test_what_does_not_fit_is_told_before_the_work(tmp_path, monkeypatch):
+    """No loss is computed, with a rate to be measured, for scores or a log that are refused."""
+    config = ScoreConfig(selected=1, draws=1, max_draws=1, kind="all", estimator="one-sided")
+    scores = score(tiny_model("llama"), tiny_tokenizer(), tiny_encoded(), config)
+    refiner(steps=1, held_out_every=1).run(EXAMPLES, held_out=HELD_OUT, log=tmp_path / "log")
+    forwards = []
+    monkeypatch.setattr(
+        "zo_kernels.refine.objective.completion_loss", lambda *_: forwards.append(0)
+    )
+    options = {"steps": 1, "lr": "auto", "held_out_every": 1, "patience": 1}
+    for run, message in (
+        ({"scores": scores}, "warm_start: expected antithetic scores"),
+        ({"log": tmp_path / "log", "resume": True}, "lr: expected 0.001 as in .*log, got 'auto'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refiner(**options).run(EXAMPLES, held_out=HELD_OUT, **run)
+    assert forwards == []
+
+
+def test_a_refiner_runs_once():
+    """What another run would begin with is neither its optimizer's nor its schedule's."""
+    run = refiner(steps=2, schedule="cosine")
+    run.run(EXAMPLES)
+    before = bits(run.model)
+    with pytest.raises(ValueError, match="expected a refiner that has not run, got one after 2"):
+        run.run(EXAMPLES)
+    assert same_bits(run.model, before)
+    with pytest.raises(ValueError, match="resume: expected a log to go on with, got none"):
+        refiner(steps=2).run(EXAMPLES, resume=True)
+
+
+def test_frozen_parameters_are_not_moved():
+    """They are none of the refiner's, whose prefix may end behind them."""
+    model = tiny_model("llama", layers=3)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".layers.2." in name or ".layers.1.mlp.up" in name)
+    before, run = bits(model), refiner(model, steps=2, lr=0.5)
+    assert set(run.parameters) == {
+        n for n in linear_weights(model) if ".2." in n or ".1.mlp.up" in n
+    }
+    run.run(EXAMPLES)
+    moved = {n for n, b in bits(model).items() if not torch.equal(b, before[n])}
+    assert moved == set(run.parameters)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"parameters: expected some .* got 21 that are frozen"):
+        refiner(model)
 
 
 @pytest.mark.parametrize(
@@ -310,6 +456,10 @@ def test_scores_give_the_first_step(tmp_path):
         ({"held_out_every": 1, "relative_eps": False}, "held_out_noise: expected a number where"),
         ({"lr": "fast"}, "lr: expected a number or 'auto', got 'fast'"),
         ({"lr": "auto", "eps": 0.0}, "lr: expected a number where eps is 0"),
+        ({"lr": "auto", "update_norm": 0.1}, "lr: expected a number with update_norm, .* 'auto'"),
+        ({"seconds": math.nan}, "seconds: expected a positive number, got nan"),
+        ({"seconds": math.inf}, "seconds: expected a positive number, got inf"),
+        ({"parameters": "*.nothing"}, r"parameters: expected .* got '\*.nothing' \(named_"),
         ({"layers": ()}, "layers: expected at least one decoder block, got none"),
         ({"layers": (2,)}, "layers: expected 0 to 1, got 2"),
     ],
@@ -320,7 +470,7 @@ def test_bad_options_are_named(options, message):
 
 
 def test_what_a_run_lacks_is_named(tmp_path):
-    too_few = "held_out: expected at least 8 examples of a kind"
+    too_few = "held_out: expected at least 8 examples of each kind, .* 2 that are harmless and 2"
     none = "held_out: expected examples for held_out_every, got none"
     for examples, message in ((None, too_few), ([], none)):
         with pytest.raises(ValueError, match=message):
@@ -356,6 +506,7 @@ def test_a_log_of_an_older_version_goes_on(tmp_path):
     header = read_log(tmp_path / "whole").header
     new = {"accumulation", "calibration_draws", "layers", "quantized", "reuse_prefix"}
     options = {k: v for k, v in header.user["options"].items() if k not in new}
+    options["first_batch"] = 0  # an option that is no more
     user = {"options": options, "data": header.user["data"]}
     for changed, message in (({}, None), ({"accumulation": 2}, "accumulation: expected 1 as in")):
         path = tmp_path / f"old{len(changed)}"
@@ -367,3 +518,7 @@ def test_a_log_of_an_older_version_goes_on(tmp_path):
         else:
             with pytest.raises(ValueError, match=message):
                 run.run(EXAMPLES, log=path, resume=True)
+    user = user | {"options": options | {"first_batch": 2}}
+    LogWriter(tmp_path / "later", replace(header, user=user)).close()
+    with pytest.raises(ValueError, match=r"first_batch: expected 2 as in .*later, got 0"):
+        refiner(steps=3).run(EXAMPLES, log=tmp_path / "later", resume=True)

@@ -123,8 +123,8 @@ def test_a_flip_before_several_marks_is_an_error(tmp_path):
     header = header_of([TENSORS], queries=9)
     with LogWriter(tmp_path / "m", header) as writer:
         writer.write_step(steps_of(1, queries=9)[0])
-        for _ in range(3):
-            writer.write_mark(MARK)
+        for mark in (MARK, MARK[::-1], MARK):
+            writer.write_mark(mark)
     begins, data = places(tmp_path / "m"), (tmp_path / "m").read_bytes()
     for place in range(begins[1], begins[3]):
         for bit in range(8):

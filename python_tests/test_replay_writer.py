@@ -69,6 +69,23 @@ def test_resume_refuses_another_run(tmp_path, change, message):
     assert LogWriter.resume(path, changed(header, unit=None)).steps == 4
 
 
+def test_a_mark_is_written_once(tmp_path):
+    """Resumed where it ended, after steps are taken back to it, too; another one is."""
+    path, _, _ = small_log(tmp_path)  # four steps, marks after two and four
+    whole = path.read_bytes()
+    with LogWriter.resume(path, read_log(path).header) as writer:
+        writer.write_mark(MARK)
+        assert path.read_bytes() == whole
+        writer.drop_after(2)
+        shorter = path.read_bytes()
+        writer.write_mark(MARK)
+        assert path.read_bytes() == shorter
+        writer.write_mark(MARK[::-1])
+        writer.write_mark(MARK[::-1])
+    found = [(mark.steps, mark.fingerprint) for mark in read_log(path).marks]
+    assert found == [(2, MARK), (2, MARK[::-1])]
+
+
 def test_the_writer_refuses_what_does_not_fit(tmp_path):
     header = header_of([TENSORS], {"b.weight": 9.0}, queries=2)
     with LogWriter(tmp_path / "log", header) as writer:

@@ -170,5 +170,13 @@ def test_the_logged_parameters_stay_the_same(tmp_path):
     with pytest.raises(ValueError, match=r"got 1 that changed, such as 'model\.norm\.weight'"):
         optimizer.step(closure)
     assert same_bits(model, before) and optimizer.steps == 0
+    model, optimizer, closure = make("inplace", torch.bfloat16)
+    names = dict(model.named_parameters())
+    groups = [{"params": [(n, p)]} for n, p in names.items()]
+    optimizer = zk.ZOSGD(groups, lr=1e-2, eps=1e-2)
+    optimizer.start_log(tmp_path / "groups")
+    optimizer.param_groups.reverse()
+    with pytest.raises(ValueError, match="expected the parameter groups with which the log began"):
+        optimizer.step(closure)
     with pytest.raises(ValueError, match="end_log: expected a log that was begun"):
         make("inplace", torch.bfloat16)[1].end_log()

@@ -23,6 +23,7 @@ from tiny_models import (
 import zo_kernels as zk
 from zo_kernels import chat, noise
 from zo_kernels.blocks import linear_weights
+from zo_kernels.cli import build_parser
 from zo_kernels.moments import standard_deviation
 from zo_kernels.refine.objective import Objective, fixed_batches
 from zo_kernels.refine.scores import ScoreConfig, Scores, top
@@ -301,6 +302,7 @@ def test_scores_go_through_a_file(tmp_path):
         ({"draws": 8, "max_draws": 4}, r"max_draws: expected draws <= max_draws .* got 8 and 4"),
         ({"max_draws": 2**28 + 1}, r"max_draws: expected .* 2\*\*28"),
         ({"seconds": 0.0}, "seconds: expected a positive number"),
+        ({"seconds": math.nan}, "seconds: expected a positive number, got nan"),
         ({"seed": -1}, "seed: expected 0 <= seed"),
         ({"seed": 2**64}, "seed: expected 0 <= seed"),
         ({"quantization": "int9"}, "quantization: expected a scheme"),
@@ -328,8 +330,9 @@ def test_what_cannot_be_scored_is_named():
             scored(model, selected=1, quantization="none", **options)
     with torch.no_grad():
         model.lm_head.weight[0, 0] = math.nan
-    with pytest.raises(FloatingPointError, match="the model as it is: expected a finite loss"):
-        scored(model, selected=1, reuse_prefix=False)
+    for reuse in (True, False):  # of no account to what is wrong
+        with pytest.raises(FloatingPointError, match="the model as it is: expected a finite loss"):
+            scored(model, selected=1, reuse_prefix=reuse)
 
 
 def test_progress_counts_all_losses():
@@ -340,6 +343,15 @@ def test_progress_counts_all_losses():
     )  # fmt: skip
     assert [done for _, done, _ in seen] == [*range(10), 1] and seen[-1] == ("2 draws", 1, 1)
     assert seen[0] == ("model.layers.0, 2 draws", 0, 10)
+
+
+def test_the_command_takes_all_examples(capsys):
+    parse, needed = build_parser().parse_args, ["score", "--model", "m", "--out", "o"]
+    found = [parse([*needed, "--examples", text]).examples for text in ("7", "all")]
+    assert found == [7, None] and parse(needed).examples == ScoreConfig().examples
+    with pytest.raises(SystemExit):
+        parse([*needed, "--examples", "some"])
+    assert "--examples: expected a number or 'all', got 'some'" in capsys.readouterr().err
 
 
 def test_top_takes_the_first_of_equals():

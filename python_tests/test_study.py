@@ -13,7 +13,7 @@ from tiny_study import run, tiny_config, write_files
 
 from zo_kernels import cli, memory
 from zo_kernels.moments import standard_deviation
-from zo_kernels.pipeline.arms import calibration_cost, refine_cost, walk_arm
+from zo_kernels.pipeline.arms import refine_cost, starting_cost, walk_arm
 from zo_kernels.pipeline.study_config import ARMS, RESERVED, TITLES
 from zo_kernels.pipeline.study_folder import StudyFolder
 from zo_kernels.refine import checkpoint
@@ -218,14 +218,14 @@ def test_the_cost_of_a_step_is_what_the_model_computes(layers, check, monkeypatc
     model, encoded = tiny_model("llama"), tiny_encoded() * 4
     config = RefineConfig(
         steps=4, batch_size=2, lr="auto", calibration_draws=2, curvature_every=2, held_out_every=2,
-        held_out_draws=3, layers=layers, queries=2,
+        held_out_draws=3, layers=layers, queries=2, patience=4,
     )  # fmt: skip
     computed = []
     for block in model.model.layers:
         # Of the first linear: a block that gives back what was kept is called, but computes not.
         block.self_attn.q_proj.register_forward_hook(lambda m, i, out: computed.append(len(out)))
     ZORefiner(model, tiny_tokenizer(), config).run(encoded)
-    cost = 4 * refine_cost(model, config, encoded) + calibration_cost(config)
+    cost = 4 * refine_cost(model, config, encoded) + starting_cost(config, encoded)
     # Once it is checked that forwards can begin behind the first block.
     assert cost <= sum(computed) / 2 <= cost + check
     assert refine_cost(model, config, encoded) > 2 * 2 * 2 * (1 if layers is None else 0.5)

@@ -34,7 +34,7 @@ def add_model(
 
 
 def add_options(
-    command: argparse.ArgumentParser, module: str, name: str, skip: Sequence[str]
+    command: argparse.ArgumentParser, module: str, name: str, skip: Sequence[str] = ()
 ) -> None:
     """One option per field of a configuration class, with its default and its documentation."""
     kind = _configuration(module, name)

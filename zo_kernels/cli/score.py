@@ -25,6 +25,8 @@ def add_commands(commands: Any, make: Any) -> None:
         commands: what ``add_subparsers`` gave.
         make: makes one: make(commands, name, run, text).
     """
+    from zo_kernels.refine.scores import ScoreConfig
+
     command = make(
         commands, "score", _score, "how sensitive each decoder block is, and which to refine"
     )
@@ -34,7 +36,19 @@ def add_commands(commands: Any, make: Any) -> None:
         "--fresh", action="store_true", help="start over what another scoring left in --out"
     )
     command.add_argument("--split", choices=("train", "held_out", "all"), default="train")
-    add_options(command, *CONFIG, skip=("max_length",))
+    add_options(command, *CONFIG, skip=("max_length", "examples"))
+    command.add_argument(
+        "--examples", type=_count_or_all, default=ScoreConfig.examples, metavar="NUMBER",
+        help="the first so many of the kind, or all",
+    )  # fmt: skip
+
+
+def _count_or_all(text: str) -> int | None:
+    """A number of examples; None for "all"."""
+    try:
+        return None if text == "all" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or 'all', got {text!r}") from None
 
 
 def _score(options: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ def add_commands(commands: Any, make: Any) -> None:
     command = make(commands, "align", _align, "first-order SFT on the completion tokens")
     _add_training(command, auto="float32")
     _add_saving(command)
-    add_options(command, "zo_kernels.refine.align", "AlignConfig", skip=("first_batch",))
+    add_options(command, "zo_kernels.refine.align", "AlignConfig")
 
     command = make(commands, "dpo", _dpo, "first-order alignment on preference pairs, by TRL")
     pairs = "JSON lines: prompt, chosen, rejected, or PKU-SafeRLHF's columns"
@@ -44,9 +44,7 @@ def add_commands(commands: Any, make: Any) -> None:
         "--warm-start", action="store_true",
         help="--scores: begin with the descent step that the scoring has measured",
     )  # fmt: skip
-    add_options(
-        command, "zo_kernels.refine.config", "RefineConfig", skip=("first_batch", "max_length")
-    )
+    add_options(command, "zo_kernels.refine.config", "RefineConfig", skip=("max_length",))
 
 
 def _add_training(command: argparse.ArgumentParser, data: str = "", *, auto: str) -> None:

@@ -204,6 +204,11 @@ class Logged:
         if found != logged:
             names = {name for group in found for name in group}
             others = sorted(names ^ {name for group in logged for name in group})
+            if not others:
+                raise ValueError(
+                    "ZOSGD.step: expected the parameter groups with which the log began, got the "
+                    "same parameters in others"
+                )
             raise ValueError(
                 "ZOSGD.step: expected those parameters to be trainable with which the log began, "
                 f"got {len(others)} that changed, such as '{others[0]}'"

@@ -16,11 +16,11 @@ class StepRecord:
         projected_gradients: (l+ - l-) / (2 eps) of the first parameter group, after clipping.
         lr: of each parameter group that has trainable parameters, as it was used.
         update_norm: ||dtheta||, the square root of the summed squared changes of all weights, as
-            they were rounded.
+            they were rounded; a warm start is not counted.
         intended_norm: the same before rounding.
         update_ratio: ``update_norm`` / ||theta||, which is measured every 100 steps.
         lost: share of the weights whose change was lost to rounding.
-        gradient_mean, gradient_std: of all projected gradients of the run so far.
+        gradient_mean, gradient_std: of all projected gradients of this process so far.
         restore_error: root mean square change that the evaluations left in the weights before the
             update: 0 by construction in the exact modes, measured on the first 4096 elements of
             each tensor in others.

@@ -52,7 +52,8 @@ class ZOSGD(Logged, torch.optim.Optimizer):
         eps: perturbation scale, at least 0; absolute, or a multiple of each tensor's standard
             deviation with ``relative_eps``.
         relative_eps: see above. The standard deviations are measured once, at the first step, and
-            kept in the state; a constant tensor is neither perturbed nor updated.
+            kept in the state; a constant tensor is not perturbed, and its update is weight decay
+            alone.
         queries: directions per step, at least 1.
         weight_decay: decoupled, multiplied by lr.
         clip_projected_gradient: bound on \|g_q\|, or None.
@@ -160,7 +161,8 @@ class ZOSGD(Logged, torch.optim.Optimizer):
 
         An exception in the closure passes through; the weights are as before, the step is not
         counted, and ``last_step.skipped`` names the exception. The same holds if the step cannot be
-        logged: it is on the disk before the weights change.
+        logged: it is on the disk before the weights change. Ctrl-C during the update waits until it
+        is made: that step counts, and is not skipped.
         """
         if closure is None:
             raise TypeError("ZOSGD.step: expected a closure that evaluates the loss, got None")
@@ -175,7 +177,8 @@ class ZOSGD(Logged, torch.optim.Optimizer):
             with uninterrupted():
                 self._finish(groups, record)
         except BaseException as error:
-            record.skipped = f"{type(error).__name__}: {error}"
+            if self.steps == record.step:  # else the step is taken, and Ctrl-C came after it
+                record.skipped = f"{type(error).__name__}: {error}"
             self.mode.settle()
             raise
         if record.skipped and not self._warned:
@@ -324,7 +327,7 @@ class ZOSGD(Logged, torch.optim.Optimizer):
                 for unit, slot in zip(group.units, group.slots, strict=True)
             )
             length = math.sqrt(size * sum(g * g for g in gradients)) / self.queries
-            schedule = lr / options["base_lr"] if options["base_lr"] else 1.0
+            schedule = lr / options["base_lr"] if options["base_lr"] else float(lr > 0)
             target = float(options["update_norm"]) * schedule * options["norm"]
             lr = target / length if length else 0.0
         record.lr[number] = lr

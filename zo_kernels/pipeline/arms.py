@@ -133,7 +133,7 @@ def refine_arm(
         config=asdict(config),
         steps=len(taken),
         seconds=taken[-1]["seconds"],
-        cost=len(taken) * refine_cost(model, config, encoded) + calibration_cost(config),
+        cost=len(taken) * refine_cost(model, config, encoded) + starting_cost(config, encoded),
         peak_bytes=peak(),
         model_bytes=_bytes(model),
         fingerprint=checkpoint.fingerprint(model),
@@ -271,12 +271,15 @@ def refine_cost(model: Any, config: RefineConfig, encoded: Sequence[Encoded]) ->
     return own + held * config.held_out_draws / config.held_out_every
 
 
-def calibration_cost(config: RefineConfig) -> float:
-    """Forwards of one example that telling the learning rate takes."""
-    if config.lr != "auto":
-        return 0.0
-    examples = CALIBRATION_BATCHES * config.batch_size * config.accumulation
-    return float((1 + 2 * config.calibration_draws) * examples)
+def starting_cost(config: RefineConfig, encoded: Sequence[Encoded]) -> float:
+    """Forwards of one example before the first step: to tell the rate, and the held-out loss."""
+    cost = 0
+    if config.lr == "auto":
+        examples = CALIBRATION_BATCHES * config.batch_size * config.accumulation
+        cost += (1 + 2 * config.calibration_draws) * examples
+    if config.patience:
+        cost += len(held_out_part(encoded)[1]) * config.held_out_draws
+    return float(cost)
 
 
 def _bytes(model: Any) -> int:

@@ -27,12 +27,12 @@ from zo_kernels.pipeline.arms import (
     BACKWARD,
     Trained,
     align_arm,
-    calibration_cost,
     chosen_blocks,
     peak_of_all,
     refine_arm,
     refine_cost,
     replayed_fingerprint,
+    starting_cost,
     walk_arm,
 )
 from zo_kernels.pipeline.smollm2 import prepare
@@ -318,7 +318,7 @@ class Study:
             )  # fmt: skip
             config = self.config.refinement(arm, seed, 1, layers)
             encoded = self._encoded(tokenizer, config)
-            left = cost - selection - calibration_cost(config)
+            left = cost - selection - starting_cost(config, encoded)
             steps = self._steps(left / refine_cost(model, config, encoded))
             config = replace(config, steps=steps, seconds=seconds)
             trained = refine_arm(model, tokenizer, encoded, config, stem, progress=progress)

@@ -47,8 +47,6 @@ class AlignConfig:
         noise: standard deviation of the noise under which gradients are taken, in units of that of
             each linear weight of the decoder blocks. One z per step, from (seed, step).
         seed: of the batch order and the noise.
-        first_batch: number of the first step's batch and noise, to continue where another run
-            ended: how many steps that took.
     """
 
     steps: int = 120
@@ -65,11 +63,10 @@ class AlignConfig:
     precision: str = "auto"
     noise: float = 0.0
     seed: int = 0
-    first_batch: int = 0
 
     def check(self) -> None:
         """Raise ValueError naming the first option out of range."""
-        lowest = {"steps": 1, "batch_size": 1, "accumulation": 1, "first_batch": 0}
+        lowest = {"steps": 1, "batch_size": 1, "accumulation": 1}
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
@@ -85,8 +82,10 @@ class AlignConfig:
             )
         if self.warmup >= 1:
             raise ValueError(f"warmup: expected a share below 1, got {self.warmup}")
-        if self.clip_norm <= 0 or (self.seconds is not None and self.seconds <= 0):
-            raise ValueError("clip_norm, seconds: expected positive numbers")
+        if not 0 < self.clip_norm < math.inf:
+            raise ValueError(f"clip_norm: expected a positive number, got {self.clip_norm}")
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise ValueError(f"seconds: expected a positive number, got {self.seconds}")
         for name, known in {
             "optimizer": OPTIMIZERS,
             "schedule": SCHEDULES,
@@ -126,8 +125,8 @@ def align(
     the call (``Masters``). Float16 gradients are scaled, and taken again at a smaller scale where
     they overflow. Dropout is off (eval mode), as small runs want it.
 
-    With noise, step s takes its gradient at W + noise std(W) z(seed, first_batch + s) and its
-    update at W, which comes back bit for bit, also after an exception.
+    With noise, step s takes its gradient at W + noise std(W) z(seed, s) and its update at W, which
+    comes back bit for bit, also after an exception.
 
     Args:
         model: causal language model.
@@ -175,7 +174,7 @@ def align(
             seed=config.seed,
             pad_id=pad_id(tokenizer),
             device=next(model.parameters()).device,
-            start=(config.first_batch + len(earlier)) * config.accumulation,
+            start=len(earlier) * config.accumulation,
         )
         records: list[dict[str, Any]] = []
         before = earlier[-1]["seconds"] if earlier else 0.0

@@ -21,6 +21,7 @@ import torch
 from zo_kernels.chat import Encoded
 from zo_kernels.files import replace_file
 from zo_kernels.refine.checkpoint import fingerprint
+from zo_kernels.refine.config import RETIRED
 
 if TYPE_CHECKING:
     from zo_kernels.refine.align import AlignConfig
@@ -102,7 +103,7 @@ def read_state(
 def expect_same(path: Any, saved: dict[str, Any], own: dict[str, Any]) -> None:
     """Raise ValueError naming the first difference of two ``run_identity``s, one from a file."""
     for name in {**saved["options"], **own["options"]}:
-        was, now = saved["options"].get(name), own["options"].get(name)
+        was, now = saved["options"].get(name), (RETIRED | own["options"]).get(name)
         if was != now:
             raise ValueError(f"{name}: expected {was!r} as in {path}, got {now!r}")
     for name, what in (("model", "the weights"), ("data", "the examples")):

@@ -13,6 +13,8 @@ from zo_kernels.optim import named_parameters
 from zo_kernels.robustness.conditions import check_weight_scheme
 
 SCHEDULES = ("constant", "cosine")
+RETIRED = {"first_batch": 0}
+"""Options of older versions, with the value at which this version can go on with their runs."""
 _OPTIMIZER = (
     *("queries", "weight_decay", "mode", "seed"),
     *("clip_projected_gradient", "update_norm", "distribution"),
@@ -25,7 +27,8 @@ class RefineConfig:
 
     Attributes:
         steps: steps at most.
-        seconds: stop after this much wall time, if given.
+        seconds: stop after this much wall time, if given; what is measured before the first step
+            counts.
         batch_size: examples per forward.
         accumulation: forwards whose batches make one loss evaluation.
         lr: learning rate; with ``relative_eps`` in units of each tensor's standard deviation.
@@ -55,10 +58,10 @@ class RefineConfig:
         held_out_noise: its scale, in standard deviations; None: eps, which is relative then.
         held_out_draws: noise draws of each.
         patience: end the run when so many such measurements in a row have brought no new best, and
-            go back to the best; 0: never.
+            go back to the best, which may be the weights before the first step: they are measured
+            too; 0: never.
         seed: of the noise and the batch order.
         max_length: token limit of prompt plus completion.
-        first_batch: number of the first batch.
     """
 
     steps: int = 200
@@ -87,17 +90,16 @@ class RefineConfig:
     patience: int = 0
     seed: int = 0
     max_length: int = 512
-    first_batch: int = 0
 
     def check(self) -> None:
         """Raise ValueError naming the first option out of range (ZOSGD checks its own)."""
-        least = {"steps": 1, "batch_size": 1, "accumulation": 1, "first_batch": 0}
+        least = {"steps": 1, "batch_size": 1, "accumulation": 1}
         least |= {"curvature_every": 0, "held_out_every": 0, "held_out_draws": 1, "patience": 0}
         least |= {"calibration_draws": 2}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
-        if self.seconds is not None and self.seconds <= 0:
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
             raise ValueError(f"seconds: expected a positive number, got {self.seconds}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {SCHEDULES}, got {self.schedule!r}")
@@ -108,6 +110,11 @@ class RefineConfig:
         eps, relative = self.scale()
         if self.lr == "auto" and not eps > 0:
             raise ValueError(f"lr: expected a number where eps is 0, got {self.lr!r}")
+        if self.lr == "auto" and self.update_norm is not None:
+            raise ValueError(
+                "lr: expected a number with update_norm, which sets the steps' length, got "
+                f"{self.lr!r}"
+            )
         if self.quantized is not None:
             check_weight_scheme("quantized", self.quantized)
         if self.patience and not self.held_out_every:
@@ -165,7 +172,13 @@ def select_parameters(
         chosen = list(linear_weights(model).items())
     else:
         patterns = [] if parameters == "all" else [p.strip() for p in parameters.split(",")]
-        chosen = named_parameters(model, include=patterns)
+        try:
+            chosen = named_parameters(model, include=patterns)
+        except ValueError as error:
+            raise ValueError(
+                "parameters: expected 'linear', 'all' or patterns that each match a name, got "
+                f"{parameters!r} ({error})"
+            ) from error
     if layers is None:
         return chosen
     blocks = list(decoder_blocks(model))

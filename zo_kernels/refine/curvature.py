@@ -10,8 +10,9 @@ A step theta -= lr s v with the s of one batch changes the loss in the mean by a
     -lr ||g||^2 + (lr^2 / 2) tr(H) E s^2                  (v and s nearly independent)
 
 where E s^2 has the batch's noise besides ||g||^2. It is least at lr = q / tr(H) with the gradient's
-share q = ||g||^2 / E s^2, told from several batches along the same v; and on a quadratic no rate
-above 2 / tr(H) is stable. A third of q / tr(H) leaves room for a trace that grows on the way.
+share q = ||g||^2 / E s^2, told from several batches along the same v, g being that of the training
+set; and on a quadratic no rate above 2 / tr(H) is stable. A third of q / tr(H) leaves room for a
+trace that grows on the way.
 
 That bounds the steps where the loss curves. Where it is flat, T steps are a random walk of root
 mean square lr sqrt(T E s^2) in each coordinate, which does no harm on a quadratic but moves a
@@ -48,7 +49,8 @@ class Curvature:
         trace: 2 rise / eps^2.
         squared_slope: mean of s^2 over draws and batches: the squared norm of the gradient, batch
             noise included.
-        gradient_share: q, the share of that which is the gradient's; 1 for a single batch.
+        gradient_share: q, the share of that which is the gradient's of the training set; 1 for a
+            single batch.
         draws: how many.
         eps: the scale.
     """
@@ -100,6 +102,7 @@ def measure_curvature(
     draws: int,
     seed: int,
     distribution: str = "normal",
+    mean_noise: float = 1.0,
 ) -> Curvature:
     """Measure the curvature of a loss at the weights as they are, which are never written.
 
@@ -113,6 +116,7 @@ def measure_curvature(
         eps: scale of the perturbation, above 0.
         draws: at least 2; 2 ``draws`` + 1 losses are taken.
         seed, distribution: of the noise.
+        mean_noise: see the function of that name; 1 for batches that are independent of each other.
 
     Raises:
         ValueError: fewer draws, or an eps of 0.
@@ -145,7 +149,7 @@ def measure_curvature(
         squares.append(statistics.fmean(slope**2 for slope in slopes))
         # The squared mean has the noise of the mean, which the batches' spread tells.
         spread = statistics.variance(slopes) / len(slopes) if len(slopes) > 1 else 0.0
-        gradients.append(statistics.fmean(slopes) ** 2 - spread)
+        gradients.append(statistics.fmean(slopes) ** 2 - mean_noise * spread)
     rise, squared = statistics.fmean(rises), statistics.fmean(squares)
     share = statistics.fmean(gradients) / squared if squared else 1.0
     return Curvature(
@@ -158,6 +162,20 @@ def measure_curvature(
         draws=draws,
         eps=eps,
     )
+
+
+def mean_noise(batches: int, size: int, examples: int) -> float:
+    """Variance of the mean over a run's first batches, in units of that of independent ones.
+
+    Batches come without replacement within an epoch: of a whole epoch the mean is the training
+    set's and has no noise, and of r of N examples it has 1 - r / N of that of independent ones.
+
+    Args:
+        batches, size: how many batches, and the examples of each.
+        examples: of the training set.
+    """
+    rest = batches * size % examples
+    return rest / (batches * size) * (1 - rest / examples)
 
 
 def _losses(loss: Callable[[], float | Sequence[float]]) -> list[float]:

@@ -26,6 +26,7 @@ from zo_kernels.refine.checkpoint import fast_dtype
 from zo_kernels.refine.preferences import Pair
 
 _IDENTITY = "run.json"
+_SECONDS = "zo_kernels_seconds"
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,15 @@ def dpo(
     Returns:
         One record per step taken: step, loss (before the update), lr, gradient_norm (before
         clipping), margin (of beta log p/p0, chosen over rejected), accuracy (share of pairs whose
-        margin is positive), chosen_logp, rejected_logp (nats per answer), seconds in this call.
+        margin is positive), chosen_logp, rejected_logp (nats per answer), seconds since the start,
+        without interruptions.
 
     Raises:
         ImportError: TRL is not installed.
         ValueError: an option out of range; 16-bit weights, in which TRL's steps would be lost; a
             prompt that leaves no room for an answer; a state of another run.
         FileNotFoundError: there is no state to resume from.
+        FileExistsError: the state is one to resume from, and was not asked to be.
         FloatingPointError: the loss or gradient of a step is not finite. Only when that step has
             been taken does TRL tell, so the weights are of no use.
     """
@@ -140,13 +143,19 @@ def dpo(
             f"model: expected float32 weights, got {sorted(map(str, dtypes))}; load it in float32"
         )
     rows = _rows(tokenizer, pairs, config.max_length)
-    checkpoint = None
+    checkpoint, before = None, 0.0
     if state is not None:
         identity = run_identity(model, pairs, config)
         if resume:
             checkpoint = last_checkpoint(state)
             expect_same(state, json.loads((Path(state) / _IDENTITY).read_text()), identity)
+            before = _seconds(checkpoint)
         else:
+            if whole_checkpoints(state):
+                raise FileExistsError(
+                    f"state: expected a folder without checkpoints, got {state}, which has some of "
+                    "another run; resume it"
+                )
             write_file(Path(state) / _IDENTITY, json.dumps(identity))
     model.eval()
     device = next(model.parameters()).device
@@ -166,6 +175,7 @@ def dpo(
             if "loss" not in logs:  # the summary after the last step
                 return
             record = _record(state.global_step - 1, logs, time.perf_counter() - self.started)
+            state.log_history[-1][_SECONDS] = record["seconds"]  # which checkpoints have
             self.records.append(record)
             if on_step is not None:
                 on_step(record)
@@ -212,7 +222,7 @@ def dpo(
             callbacks=[records],
         )
         trainer.remove_callback(transformers.PrinterCallback)
-        records.started = time.perf_counter()
+        records.started = time.perf_counter() - before
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return records.records
 
@@ -244,6 +254,12 @@ def last_checkpoint(state: str | os.PathLike[str]) -> Path:
 def checkpoint_steps(checkpoint: Path) -> int:
     """Steps taken before a checkpoint: the number in its name."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _seconds(checkpoint: Path) -> float:
+    """Time spent before a checkpoint; 0 in those of older versions, which did not keep it."""
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return max((entry.get(_SECONDS, 0.0) for entry in history), default=0.0)
 
 
 def _libraries() -> tuple[Any, Any, Any]:
@@ -309,7 +325,8 @@ def _bfloat16(precision: str, device: torch.device) -> bool:
 
 @contextmanager
 def _as_before(model: Any) -> Iterator[None]:
-    """Take off what trainers leave on a model: another forward, tags, padding in its configs."""
+    """Take off what trainers leave on a model: another forward, tags, padding, no dropout."""
+    dropouts = {m: m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
     attributes = dict(vars(model))
     configs = [model.config, model.generation_config]
     kept = [copy.deepcopy(vars(config)) for config in configs]
@@ -321,6 +338,8 @@ def _as_before(model: Any) -> Iterator[None]:
         for config, values in zip(configs, kept, strict=True):
             vars(config).clear()
             vars(config).update(values)
+        for module, p in dropouts.items():
+            module.p = p
         model.eval()
         model.zero_grad(set_to_none=True)
 

@@ -143,7 +143,7 @@ class FirstOrder:
             [self._noisy[name] for name in names],
             [scales[name] for name in names],
             seed=self.config.seed,
-            direction=training_direction(self.config.first_batch + number, 1, 0),
+            direction=training_direction(number, 1, 0),
             streams=[self._streams[name] for name in names],
         )
 

@@ -22,17 +22,18 @@ def held_out_part(
     """Training examples without every so many-th of each kind, and these.
 
     Raises:
-        ValueError: there are so few that none is held out, or none left.
+        ValueError: there are so few examples of a kind that none is held out; names the kind.
     """
     counts: dict[str, int] = {}
     parts: tuple[list[Encoded], list[Encoded]] = ([], [])
     for example in encoded:
         counts[example.kind] = number = counts.get(example.kind, 0) + 1
         parts[number % every == 0].append(example)
-    if not all(parts):
+    few = [kind for kind, count in counts.items() if count < every]
+    if few or not counts:
         raise ValueError(
-            f"held_out: expected at least {every} examples of a kind, to hold every {every}th out, "
-            f"got {counts}"
+            f"held_out: expected at least {every} examples of each kind, to hold every {every}th "
+            f"out, got {' and '.join(f'{counts[kind]} that are {kind}' for kind in few) or 'none'}"
         )
     return parts
 
@@ -67,7 +68,7 @@ class EarlyStop:
 
     Attributes:
         best: the least loss so far.
-        steps: after how many steps it was measured.
+        steps: after how many steps it was measured, 0 for none.
         losses: (steps, loss) of every measurement.
     """
 
@@ -81,6 +82,8 @@ class EarlyStop:
     def note(self, steps: int, loss: float, weights: Mapping[str, Tensor] | None = None) -> None:
         """Take a measurement after so many steps into account.
 
+        One before the first step (0) may be the best, but does not count as one without a new best.
+
         Args:
             weights: those that were measured, where the parameters are no longer these.
         """
@@ -91,7 +94,7 @@ class EarlyStop:
             self._copies = {
                 name: source[name].detach().to("cpu", copy=True) for name in self._parameters
             }
-        else:
+        elif steps:
             self._since += 1
 
     @property

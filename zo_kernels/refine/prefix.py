@@ -56,7 +56,8 @@ class PrefixCache:
         record: number of the block whose output is kept.
 
     Attributes:
-        checked: whether ``check`` has found that it works.
+        checked: whether ``check`` has found that it works, which losses that are not finite do not
+            tell.
 
     Raises:
         ValueError: no decoder blocks, or a number that is none of theirs.
@@ -145,11 +146,11 @@ class PrefixCache:
                 shortened = self._loss(key, forward)
             except Exception as error:
                 raise self._refusal(f"{type(error).__name__} ({error})") from error
-            if key not in self._kept or not torch.equal(whole[key], shortened):
+            if key not in self._kept or not _same(whole[key], shortened):
                 raise self._refusal(
                     f"a loss of {float(shortened)!r} instead of {float(whole[key])!r}"
                 )
-        self.checked = True
+        self.checked = all(bool(loss.isfinite().all()) for loss in whole.values())
 
     def _loss(self, key: Hashable, forward: Callable[[], Tensor]) -> Tensor:
         with self.batch(key):
@@ -181,6 +182,11 @@ class PrefixCache:
             return output
 
         return run
+
+
+def _same(loss: Tensor, other: Tensor) -> bool:
+    """Whether two losses are the same, NaN being the same as NaN."""
+    return torch.allclose(loss, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _versions(output: Any) -> tuple[int, ...]:

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from zo_kernels.files import write_file
 from zo_kernels.replay import read_log
+
+_LOSSES = {"loss", "losses_plus", "losses_minus", "clean_loss", "held_out_loss"}
 
 
 class MetricsLog:
     """Appends one JSON object per line, each flushed as it is written.
 
     Args:
-        path: the file; its folder is made. An existing file is continued, or emptied with
-            ``fresh``.
+        path: the file; its folder is made. An existing file is continued after its last whole line,
+            or emptied with ``fresh``.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, fresh: bool = False) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and not fresh:
+            content = self.path.read_bytes()
+            os.truncate(self.path, content.rfind(b"\n") + 1)  # an interrupted write
         self._file = self.path.open("w" if fresh else "a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -72,7 +80,8 @@ def logged_records(
     """The records of the steps in an unfinished refinement's replay log.
 
     The log is ahead of the records, since it is written before the weights change: of a step whose
-    record a kill has cost, what the log says is there.
+    record a kill has cost, what the log says is there. Of several records of a step the last one
+    counts. Losses that were not finite, which JSON has as null, are NaN.
 
     Args:
         path: JSON lines of the run, if there are any.
@@ -81,17 +90,34 @@ def logged_records(
     known = {r["step"]: r for r in read_records(path)} if Path(path).exists() else {}
     records: list[dict[str, Any]] = []
     for row in read_log(log).steps:
-        number, plus, minus = int(row["step"]), list(row["losses_plus"]), list(row["losses_minus"])
-        logged = {
-            "step": number,
-            "losses_plus": [float(loss) for loss in plus],
-            "losses_minus": [float(loss) for loss in minus],
-            "lr": [float(lr) for lr in row["lr"]],
-            "loss": float(sum(plus + minus) / len(plus + minus)),
-            "seconds": records[-1]["seconds"] if records else 0.0,
-        }
-        records.append(known.get(number, logged))
+        logged = step_record(row) | {"seconds": records[-1]["seconds"] if records else 0.0}
+        records.append(_losses_read(known.get(logged["step"], logged)))
     return records
+
+
+def step_record(row: np.void) -> dict[str, Any]:
+    """What a step's row in a replay log (``Log.steps``) says of it, as its record has it."""
+    plus, minus = list(map(float, row["losses_plus"])), list(map(float, row["losses_minus"]))
+    return {
+        "step": int(row["step"]),
+        "losses_plus": plus,
+        "losses_minus": minus,
+        "lr": list(map(float, row["lr"])),
+        "loss": sum(plus + minus) / len(plus + minus),
+    }
+
+
+def _losses_read(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with NaN for losses that are null: those were not finite."""
+    read = dict(record)
+    for name in _LOSSES & record.keys():
+        value = record[name]
+        read[name] = [_number(x) for x in value] if isinstance(value, list) else _number(value)
+    return read
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _line(record: dict[str, Any]) -> str:

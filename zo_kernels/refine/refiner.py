@@ -22,13 +22,21 @@ from zo_kernels.noise import model_streams
 from zo_kernels.optim import ZOSGD
 from zo_kernels.progress import Progress
 from zo_kernels.refine.config import RefineConfig, first_block, select_parameters
-from zo_kernels.refine.curvature import Curvature, measure_curvature
+from zo_kernels.refine.curvature import Curvature, mean_noise, measure_curvature
 from zo_kernels.refine.held_out import EarlyStop, held_out_part, noisy_loss
 from zo_kernels.refine.objective import Objective, fixed_batches
 from zo_kernels.refine.prefix import PrefixCache
-from zo_kernels.refine.run_log import check_run, description, read_run, recall
+from zo_kernels.refine.records import step_record
+from zo_kernels.refine.run_log import (
+    check_run,
+    check_warm_start,
+    description,
+    logged_rate,
+    read_run,
+    recall,
+)
 from zo_kernels.refine.scores import Scores
-from zo_kernels.replay import Log
+from zo_kernels.replay import WarmStart
 from zo_kernels.robustness.conditions import parse_scheme
 from zo_kernels.views import quantized
 
@@ -45,7 +53,7 @@ class ZORefiner:
         config: see ``RefineConfig``.
 
     Attributes:
-        parameters: what is moved, by name.
+        parameters: what is moved, by name; none that is frozen (``requires_grad=False``).
         optimizer: the ``ZOSGD`` that drives it; where ``lr`` is "auto" its rate is 0 until ``run``
             has measured it.
         curvature: what a learning rate was told from, or None.
@@ -56,7 +64,13 @@ class ZORefiner:
         self.config = config = RefineConfig() if config is None else config
         config.check()
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.parameters = dict(select_parameters(model, config.parameters, config.layers))
+        chosen = select_parameters(model, config.parameters, config.layers)
+        self.parameters = {name: p for name, p in chosen if p.requires_grad}
+        if not self.parameters:
+            raise ValueError(
+                f"parameters: expected some that require gradients, got {len(chosen)} that are "
+                "frozen"
+            )
         self.curvature: Curvature | None = None
         self.early_stop: EarlyStop | None = None
         self._view = None
@@ -109,22 +123,32 @@ class ZORefiner:
             resume: go on where the log ends; the model is the one that the log began with, and
                 the result is bit for bit that of an uninterrupted run.
             earlier: records of the steps before, for early stopping and the time that they took.
-            on_step: called with each step's record.
+            on_step: called with each step's record; in a resumed run with that of the last step
+                before it once more, if its held-out loss was missing and has been measured. The
+                last record of a step is the one that counts as ``earlier`` (``logged_records``).
             progress: called as progress(text, done, total).
 
         Returns:
             One record per step taken: the fields of ``StepRecord``, loss (mean of the losses
             evaluated), where measured clean_loss, curvature, trace (of H over what is moved, in
-            eps's coordinates) and held_out_loss (after the step), and seconds since the start,
-            without interruptions. With early stopping, the weights are those of the best held-out
-            loss at the end, and the log ends there.
+            eps's coordinates) and held_out_loss (after the step), and seconds since the start, what
+            is measured before the first step included, interruptions not. With early stopping, the
+            weights are those of the best held-out loss at the end, and the log ends there.
 
         Raises:
-            ValueError: the log is of another run: other weights, options or data; names what. Or
-                too few examples to hold some out, or a rate that cannot be told.
+            ValueError: the log is of another run: other weights, options, data or scores; names
+                what. Or the refiner has run before, no log to resume, too few examples to hold some
+                out, scores that do not fit the refinement, or a rate that cannot be told.
             RuntimeError: forwards cannot begin behind a block (``PrefixCache.check``).
         """
         config = self.config
+        if self.optimizer.steps:
+            raise ValueError(
+                f"run: expected a refiner that has not run, got one after {self.optimizer.steps} "
+                "steps; make another"
+            )
+        if resume and log is None:
+            raise ValueError("resume: expected a log to go on with, got none")
         encoded, held = self._encoded(data), []
         if config.held_out_every:
             if held_out is None:
@@ -134,7 +158,12 @@ class ZORefiner:
             if not held:
                 raise ValueError("held_out: expected examples for held_out_every, got none")
         watched = self._objective(held) if held else None
-        known = read_run(Path(log)) if log is not None and resume else None
+        wanted = description(config, {"data": encoded, "held_out": held})
+        known = read_run(Path(log)) if resume else None
+        if known is not None:
+            check_run(Path(log), known, wanted)
+        if scores is not None:
+            self._check_scores(scores)
         with self._prefix or nullcontext():
             done = 0 if known is None else len(known.steps)
             batches = batch_stream(
@@ -143,35 +172,53 @@ class ZORefiner:
                 seed=config.seed,
                 pad_id=pad_id(self.tokenizer),
                 device=next(self.model.parameters()).device,
-                start=config.first_batch + done * config.accumulation,
+                start=done * config.accumulation,
             )
-            self._calibrate(encoded, known)
-            if scores is not None and not done:
-                self._warm_start(scores)
+            started = time.perf_counter()
+            if config.lr == "auto":
+                self._set_rate(
+                    self._measured_rate(encoded) if known is None else logged_rate(Path(log), known)
+                )
+            warm = None if scores is None else self._warm_start(scores)
+            if known is not None:
+                check_warm_start(Path(log), known, warm)
+            elif warm is not None:
+                self.optimizer.warm_start(warm.directions, warm.scales)
             if watched is not None and config.patience:
                 self.early_stop = EarlyStop(self.parameters, config.patience)
+                self.early_stop.note(0, self._held_out_loss(watched))
                 if known is not None:
                     recall(self.early_stop, known, self.parameters, earlier, config.held_out_every)
-            if log is not None:
-                self._open_log(Path(log), {"data": encoded, "held_out": held}, known, progress)
+            before = 0.0
+            if known is not None:
+                self._resume_log(Path(log), progress)
+                before = earlier[-1]["seconds"] if earlier else 0.0
+                started = time.perf_counter() - before
+            elif log is not None:
+                lr = float(self.optimizer.param_groups[0]["initial_lr"])
+                self.optimizer.start_log(log, user=wanted | {"lr": lr})
             if self.early_stop is not None and self._last_unknown(done):
-                self.early_stop.note(done, self._held_out_loss(watched))
-            before = earlier[-1]["seconds"] if known is not None and earlier else 0.0
-            return self._steps(done, batches, watched, before, on_step, progress)
+                record = dict(earlier[-1]) if len(earlier) == done else step_record(known.steps[-1])
+                record["held_out_loss"] = self._held_out_loss(watched)
+                record["seconds"] = before = time.perf_counter() - started
+                self.early_stop.note(done, record["held_out_loss"])
+                if on_step is not None:
+                    on_step(record)
+            over = config.seconds is not None and before >= config.seconds
+            return self._steps(done, batches, watched, started, over, on_step, progress)
 
     def _steps(
         self,
         done: int,
         batches: Any,
         watched: Objective | None,
-        before: float,
+        started: float,
+        over: bool,
         on_step: Callable[[dict[str, Any]], None] | None,
         progress: Progress | None,
     ) -> list[dict[str, Any]]:
         config = self.config
         records = []
-        started = time.perf_counter() - before
-        over = config.seconds is not None and before >= config.seconds
         for number in range(done, config.steps):
             if over or (self.early_stop is not None and self.early_stop.over):
                 break
@@ -219,7 +266,7 @@ class ZORefiner:
     def _end(self) -> None:
         """The best weights, where early stopping asks for them; and the end of the log."""
         stop, log = self.early_stop, self.optimizer.log
-        if stop is not None and 0 < stop.steps < self.optimizer.steps:
+        if stop is not None and stop.best < math.inf and stop.steps < self.optimizer.steps:
             self.optimizer.mode.settle()
             stop.restore()
             if log is not None:
@@ -250,14 +297,9 @@ class ZORefiner:
         scales = [sigma * standard_deviation(weight) for weight in weights.values()]
         return noisy_loss(objective, slots, scales, draws=config.held_out_draws, seed=config.seed)
 
-    def _calibrate(self, encoded: Sequence[Encoded], known: Log | None) -> None:
-        """Measure the learning rate, or take it from the log of a run that goes on."""
+    def _measured_rate(self, encoded: Sequence[Encoded]) -> float:
+        """The learning rate that the curvature and the batches' noise allow."""
         config = self.config
-        if config.lr != "auto":
-            return
-        if known is not None:
-            self._set_rate(float(known.header.user["lr"]))
-            return
         eps, relative = config.scale()
         streams = model_streams(self.model)
         slots = [Slot(name, p, streams[name]) for name, p in self.parameters.items()]
@@ -268,7 +310,6 @@ class ZORefiner:
             seed=config.seed,
             pad_id=pad_id(self.tokenizer),
             device=next(self.model.parameters()).device,
-            start=config.first_batch,
         )
         # The batches of the first steps, without their prefix: all of them are at hand at once.
         steps = [
@@ -288,20 +329,31 @@ class ZORefiner:
             draws=config.calibration_draws,
             seed=config.seed,
             distribution=config.distribution,
+            mean_noise=mean_noise(
+                CALIBRATION_BATCHES, config.batch_size * config.accumulation, len(encoded)
+            ),
         )
         count = config.steps
         if config.seconds is not None:  # what ends first
             losses = (2 * config.calibration_draws + 1) * CALIBRATION_BATCHES
-            of_a_loss = (time.perf_counter() - started) / losses
-            count = min(count, math.ceil(config.seconds / (2 * config.queries * of_a_loss)))
-        self._set_rate(self.curvature.learning_rate(count, config.queries))
+            spent = time.perf_counter() - started
+            of_a_step = 2 * config.queries * spent / losses
+            count = min(count, max(1, math.ceil((config.seconds - spent) / of_a_step)))
+        return self.curvature.learning_rate(count, config.queries)
 
-    def _warm_start(self, scores: Scores) -> None:
-        """Let the slopes that the scoring has measured join the first step.
+    def _check_scores(self, scores: Scores) -> None:
+        """Raise ValueError unless the slopes that a scoring has measured can join the first step.
 
-        Raises:
-            ValueError: the scores are of other coordinates than eps, another seed or distribution.
+        They are along normal noise of the refinement's seed, in eps's coordinates, and make a step
+        of ``lr`` alone.
         """
+        for name in ("update_norm", "clip_projected_gradient"):
+            value = getattr(self.config, name)
+            if value is not None:
+                raise ValueError(
+                    f"scores: expected a refinement without {name}, which the step that they make "
+                    f"does not keep to, got {value}"
+                )
         if self.config.distribution != "normal":
             raise ValueError(
                 "scores: expected distribution 'normal' of the refinement, as the scoring's draws "
@@ -315,30 +367,23 @@ class ZORefiner:
                     f"scores: expected {name} {value} as of the refinement, got "
                     f"{getattr(scores.config, name)}"
                 )
-        lr = float(self.optimizer.param_groups[0]["lr"])
+        scores.check_slopes()
+
+    def _warm_start(self, scores: Scores) -> WarmStart | None:
+        """The update by a scoring's slopes; None where they are of other parameters."""
+        lr = float(self.optimizer.param_groups[0]["initial_lr"])
         directions, scales = scores.warm_start(list(self.parameters), lr)
-        if scales:
-            self.optimizer.warm_start(directions, scales)
+        if not scales:
+            return None
+        return WarmStart(tuple(directions), {name: tuple(row) for name, row in scales.items()})
 
     def _last_unknown(self, done: int) -> bool:
         """Whether the measurement after the last step of a log is missing."""
         every = self.config.held_out_every
-        return len(self.early_stop.losses) < done // every and done % every == 0
+        return done > 0 and done % every == 0 and self.early_stop.losses[-1][0] < done
 
-    def _open_log(
-        self,
-        path: Path,
-        examples: Mapping[str, Sequence[Encoded]],
-        known: Log | None,
-        progress: Progress | None,
-    ) -> None:
-        """Begin the replay log, or take the weights to its end."""
-        lr = float(self.optimizer.param_groups[0]["initial_lr"])
-        wanted = description(self.config, examples, lr)
-        if known is None:
-            self.optimizer.start_log(path, user=wanted)
-            return
-        check_run(path, known, wanted)
+    def _resume_log(self, path: Path, progress: Progress | None) -> None:
+        """Take the weights and the schedule to the end of the replay log."""
         done = self.optimizer.resume_log(path, progress=progress)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")

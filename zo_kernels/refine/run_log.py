@@ -12,29 +12,28 @@ from typing import Any
 from torch import Tensor
 
 from zo_kernels.chat import Encoded
-from zo_kernels.refine.config import RefineConfig
+from zo_kernels.noise import canonical_name
+from zo_kernels.refine.config import RETIRED, RefineConfig
 from zo_kernels.refine.held_out import EarlyStop
-from zo_kernels.replay import Log, read_log, replay_
+from zo_kernels.replay import Log, WarmStart, read_log, replay_
 
 
-def description(
-    config: RefineConfig, examples: Mapping[str, Sequence[Encoded]], lr: float
-) -> dict[str, Any]:
-    """What a log's header has under ``user``: the options, the examples' digests, the rate.
+def description(config: RefineConfig, examples: Mapping[str, Sequence[Encoded]]) -> dict[str, Any]:
+    """What a log's header has under ``user``, beside the rate: the options, the examples' digests.
 
-    Options that a run may change when it goes on (``seconds``; ``steps`` where no schedule depends
-    on them) are left out.
+    Options that a run may change when it goes on (``seconds``; ``steps`` where neither a schedule
+    nor a rate that is measured depends on them) are left out.
 
     Args:
         config: of the run.
         examples: by the name of their use; no digest of an empty use.
-        lr: before the schedule.
     """
-    free = ("steps", "seconds") if config.schedule == "constant" else ("seconds",)
+    constant = config.schedule == "constant" and config.lr != "auto"
+    free = ("steps", "seconds") if constant else ("seconds",)
     options = {name: value for name, value in asdict(config).items() if name not in free}
     options["layers"] = options["layers"] and list(options["layers"])  # as JSON has it
     digests = {name: _digest(encoded) for name, encoded in examples.items() if encoded}
-    return {"options": options, **digests, "lr": lr}
+    return {"options": options, **digests}
 
 
 def read_run(path: Path) -> Log:
@@ -52,14 +51,42 @@ def read_run(path: Path) -> Log:
 def check_run(path: Path, log: Log, wanted: Mapping[str, Any]) -> None:
     """Raise ValueError, which names what differs, if a log is not of the run of a description."""
     logged = log.header.user
-    # An option that an older version did not know had its default.
-    taken = asdict(RefineConfig()) | logged["options"]
-    for name, value in wanted["options"].items():
-        if taken[name] != value:
+    # An option that an older version did not know had its default; steps that it left out are free.
+    defaults = {name: value for name, value in asdict(RefineConfig()).items() if name != "steps"}
+    taken = defaults | logged["options"]
+    for name, value in {**RETIRED, **wanted["options"]}.items():
+        if name in taken and taken[name] != value:
             raise ValueError(f"{name}: expected {taken[name]!r} as in {path}, got {value!r}")
-    for name in wanted.keys() - {"options", "lr"}:
+    for name in wanted.keys() - {"options"}:
         if logged.get(name) != wanted[name]:
             raise ValueError(f"{name}: expected the examples with which {path} began, got others")
+
+
+def logged_rate(path: Path, log: Log) -> float:
+    """The learning rate before the schedule that a log's run has measured.
+
+    Raises:
+        ValueError: the log has none.
+    """
+    lr = log.header.user.get("lr")
+    if not isinstance(lr, float):
+        raise ValueError(f"lr: expected the rate that was measured in {path}, got {lr!r}")
+    return lr
+
+
+def check_warm_start(path: Path, log: Log, warm: WarmStart | None) -> None:
+    """Raise ValueError if a run would not begin with the update from scores that a log has."""
+    logged = log.header.warm_start
+    if (logged is None) != (warm is None):
+        had, got = ("those", "none") if warm is None else ("none", "some")
+        raise ValueError(f"scores: expected {had} as {path} began, got {got}")
+    if logged is not None and _canonical(logged) != _canonical(warm):
+        raise ValueError(f"scores: expected those with which {path} began, got others")
+
+
+def _canonical(warm: WarmStart) -> tuple[Any, ...]:
+    """What tells one warm start from another, whatever wraps the model."""
+    return warm.directions, {canonical_name(n): row for n, row in warm.scales.items()}
 
 
 def recall(
@@ -74,7 +101,7 @@ def recall(
     The measurement after the last step may be missing: the run ended before its record was there.
 
     Args:
-        early_stop: of which no measurement is known.
+        early_stop: which knows of the weights before the first step alone.
         log: of the run that goes on.
         parameters: those with which it began, by name; not written.
         earlier: the records of its steps.

@@ -20,6 +20,7 @@ from zo_kernels.replay.log import (
     MARK_PAYLOAD,
     SKIPPED,
     STEP,
+    Mark,
     encode_header,
     encode_record,
     read_log,
@@ -112,6 +113,7 @@ class LogWriter:
             raise ValueError(f"{log.path}: not the log of this run: {error}") from error
         writer = cls.__new__(cls)
         writer._open(log.path, log.header, log.checksum, log.size, len(log.steps), log.torn)
+        writer._mark = log.marks[-1] if log.marks else None
         writer._cut()
         return writer
 
@@ -120,6 +122,7 @@ class LogWriter:
         self._seed, self._end, self._dirty = seed, end, torn > 0
         self._layout = step_dtype(header.queries, len(header.groups))
         self._units = [max(float(p.unit) for p in group) for group in header.groups]
+        self._mark: Mark | None = None  # the last one in the file
         self._file = path.open("ab", buffering=0)
 
     def write_step(self, step: Step) -> None:
@@ -159,14 +162,17 @@ class LogWriter:
         self.steps += 1
 
     def write_mark(self, fingerprint: str) -> None:
-        """Append the fingerprint of the logged parameters after the steps so far.
+        """Append the fingerprint of the logged parameters after the steps, unless it is there.
 
         Raises:
             ValueError: it is no fingerprint.
             OSError: it could not be written; the file is as before.
         """
         digest = bytes.fromhex(check_fingerprint("fingerprint", fingerprint))
-        self._append(MARK, MARK_PAYLOAD.pack(self.steps, digest))
+        mark = Mark(self.steps, fingerprint)
+        if mark != self._mark:
+            self._append(MARK, MARK_PAYLOAD.pack(self.steps, digest))
+            self._mark = mark
 
     def drop_after(self, steps: int) -> None:
         """Take back the steps from number ``steps`` on, and the marks behind them.
@@ -177,13 +183,15 @@ class LogWriter:
         """
         if not 0 <= steps <= self.steps:
             raise ValueError(f"{self.path}: expected 0 to {self.steps} steps, got {steps}")
-        marks = sum(mark.steps > steps for mark in read_log(self.path).marks)
+        marks = read_log(self.path).marks
+        kept = [mark for mark in marks if mark.steps <= steps]
         sizes = (
             len(encode_record(STEP, bytes(self._layout.itemsize), self._seed)),
             len(encode_record(MARK, bytes(MARK_PAYLOAD.size), self._seed)),
         )
-        self._end -= (self.steps - steps) * sizes[0] + marks * sizes[1]
+        self._end -= (self.steps - steps) * sizes[0] + (len(marks) - len(kept)) * sizes[1]
         self.steps, self._dirty = steps, True
+        self._mark = kept[-1] if kept else None
         self._cut()
 
     def close(self) -> None:
