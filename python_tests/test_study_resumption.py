@@ -417,8 +417,7 @@ def clock(monkeypatch):
 def test_arms_of_equal_seconds(limit, root, tmp_path, monkeypatch):
     """The first zeroth-order arm ends by its own limits, the others by its time.
 
-    With ``update_norm``, where a learning rate of 0 means no rate and not no step, and without an
-    alignment.
+    With ``update_norm``, which leaves the lr = 0 control where it is, and without an alignment.
     """
     clock(monkeypatch)
     names = ("walk", "more_fo", "zo_random", "zo_full")

@@ -224,8 +224,8 @@ class Study:
         model, tokenizer = self._load(self.aligned)
         before = checkpoint.fingerprint(model)
         config = replace(
-            self.config.refine, steps=CONTROL_STEPS, seconds=None, lr=0.0, update_norm=None,
-            held_out_every=0, patience=0,
+            self.config.refine, steps=CONTROL_STEPS, seconds=None, lr=0.0, held_out_every=0,
+            patience=0,
         )  # fmt: skip
         ZORefiner(model, tokenizer, config).run(self._encoded(tokenizer, config))
         if checkpoint.fingerprint(model) == before:
