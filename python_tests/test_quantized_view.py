@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 from tiny_views import tiny_gpt2, tiny_llama
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import zo_kernels as zk
 from zo_kernels import ops
@@ -127,3 +129,23 @@ def test_a_view_names_what_is_not_finite() -> None:
             assert torch.equal(model(ids).logits, expected)
     with pytest.raises(ValueError, match=r"a divisor of 32, the in dimension of model\.layers\.0"):
         zk.quantized(model, "int4", group_size=5)
+
+
+@pytest.mark.parametrize("outputs, inputs", [(1, 8), (8, 1)])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_conv1d_whose_transpose_is_contiguous(in_place, outputs, inputs) -> None:
+    """With one output or one input (in, out) and (out, in) have the same memory."""
+    model = nn.ModuleDict({"c": Conv1D(outputs, inputs)})
+    weight = model["c"].weight
+    with torch.no_grad():
+        weight.copy_(torch.linspace(-1.0, 0.83, 8).view(weight.shape))
+    before = weight.detach().clone()
+    expected = zk.fake_quant(before.t().reshape(outputs, inputs), "int3", group_size="tensor").t()
+    options = {"group_size": "tensor", "parameters": "c.weight", "in_place": in_place}
+    with torch.no_grad(), zk.quantized(model, "int3", **options):
+        read = weight + 0.0
+        if not in_place:
+            with torch._C.DisableTorchFunction():
+                assert torch.equal(weight, before)
+    assert torch.equal(read, expected) and not torch.equal(read, before)
+    assert torch.equal(weight, before)

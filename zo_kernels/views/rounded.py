@@ -251,7 +251,8 @@ class QuantizedWeights(StreamedReads):
         options["name"] = self._name(id(part.parameter))
         weight = self._matrix(part.parameter, part.source)
         if id(part.parameter) in self._transposed:
-            weight = weight.contiguous()
+            # A clone: where one of the two dimensions is 1, contiguous() is the weight itself.
+            weight = weight.clone(memory_format=torch.contiguous_format)
             fake_quant(weight, self._scheme, out=weight, **options)
             copy.copy_(weight.t())
             return
