@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -142,6 +143,33 @@ def test_quantised_in_place(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj"):
         zk.quantized(model, "int4", in_place=True).__enter__()
     assert same_bits(before, bits(model))
+
+
+@pytest.mark.parametrize("noisy", [False, True], ids=["quantized", "perturbed"])
+def test_in_place_in_one_thread_at_a_time(noisy) -> None:
+    """A block of another thread is refused, and the weights come back; one thread may nest them."""
+    model, ids = tiny_llama(), torch.arange(12).view(1, 12)
+    view = zk.quantized(model, "int4", in_place=True)
+
+    def context():
+        return zk.perturbed(model, sigma=0.5, seed=1, in_place=True) if noisy else view
+
+    def changed() -> dict[str, torch.Tensor]:
+        with context():
+            return bits(model)
+
+    before, expected = bits(model), changed()
+    with ThreadPoolExecutor(1) as other:
+        with context():
+            with pytest.raises(RuntimeError, match="in_place: expected no block of another thread"):
+                other.submit(changed).result()
+            assert same_bits(bits(model), expected)
+            with torch.no_grad(), view, context():
+                model(ids)
+            assert same_bits(bits(model), expected)
+        assert same_bits(bits(model), before)
+        assert same_bits(other.submit(changed).result(), expected)
+    assert same_bits(bits(model), before)
 
 
 def test_nested() -> None:

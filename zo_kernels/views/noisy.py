@@ -16,7 +16,7 @@ from zo_kernels.modes.reads import untouched
 from zo_kernels.modes.streamed import StreamedWeights
 from zo_kernels.moments import standard_deviation
 from zo_kernels.noise import EVAL_WEIGHT_NOISE, RESERVED_RANGE, model_streams
-from zo_kernels.views.selection import Selection, expect_outermost, expect_used, select
+from zo_kernels.views.selection import Selection, expect_used, held_in_place, select
 
 NOISE_KINDS = ("abs", "rel_std", "rel_norm")
 """The units of ``sigma`` in ``perturbed``."""
@@ -62,7 +62,8 @@ def perturbed(
         ValueError, TypeError: as ``noise_std``; seed or draw out of range; a pattern that no name
             matches, or a name without a noise stream in this model.
         RuntimeError: at the end of the block, if no operation in it read one of the weights; or at
-            once, if in_place within a context that changes what they read as.
+            once, if in_place within a context that changes what they read as, or while another
+            thread holds one of them changed in place.
     """
     if not 0 <= draw < RESERVED_RANGE:
         raise ValueError(f"draw: expected 0 <= draw < 2**28, got {draw}")
@@ -106,18 +107,19 @@ def held(tensors: Sequence[Tensor], scales: Sequence[float], **address: Any) -> 
         tensors, scales, address: as for ``ops.Held``.
 
     Raises:
-        RuntimeError: within a context that changes what the tensors read as.
+        RuntimeError: within a context that changes what the tensors read as, or while another
+            thread holds one of them changed in place.
     """
-    expect_outermost()
-    held = None
-    try:
-        with uninterrupted():
-            held = ops.Held([tensor.detach() for tensor in tensors], scales, **address)
-        yield
-    finally:
-        if held is not None:
+    with held_in_place(tensors):
+        held = None
+        try:
             with uninterrupted():
-                held.release_()
+                held = ops.Held([tensor.detach() for tensor in tensors], scales, **address)
+            yield
+        finally:
+            if held is not None:
+                with uninterrupted():
+                    held.release_()
 
 
 def noise_std(weight: Tensor, *, sigma: float, kind: str, name: str = "weight") -> float:

@@ -16,7 +16,7 @@ from zo_kernels.modes.base import uninterrupted
 from zo_kernels.modes.reads import Part, Perturbation, StreamedReads, untouched
 from zo_kernels.ops.quant_arguments import check_format, group_of
 from zo_kernels.quantize import fake_quant
-from zo_kernels.views.selection import Selection, expect_outermost, expect_used, select
+from zo_kernels.views.selection import Selection, expect_used, held_in_place, select
 
 
 def quantized(
@@ -35,8 +35,8 @@ def quantized(
     The output channel is dim 0, except for a transformers ``Conv1D``, whose weight is stored
     (in, out). Weights of more than two dimensions (stacked experts) are taken as (..., in).
 
-    What it returns can be entered many times, also in two threads at once, such as in the closure
-    of a ``ZOSGD`` step, which then minimises the loss of the quantised model:
+    What it returns can be entered many times, unless in_place also in two threads at once, such as
+    in the closure of a ``ZOSGD`` step, which then minimises the loss of the quantised model:
 
         view = zk.quantized(model, "int4", group_size=128)
 
@@ -62,7 +62,8 @@ def quantized(
         ValueError, TypeError: as ``zk.fake_quant``, naming the parameter; or as ``perturbed``. At
             once, but for values that are not finite.
         RuntimeError: at the end of a block, if no operation in it read one of the weights; or at
-            its begin, if in_place within a context that changes what they read as.
+            its begin, if in_place within a context that changes what they read as, or while another
+            thread holds one of them changed in place.
     """
     chosen = select(model, parameters)
     options = {
@@ -81,7 +82,7 @@ class QuantizedView(AbstractContextManager):
 
     Args:
         parameters, scheme, transposed, options: as for ``QuantizedWeights``.
-        in_place: as for ``zk.quantized``.
+        in_place: as for ``zk.quantized``; then in one thread at a time.
     """
 
     def __init__(
@@ -278,17 +279,17 @@ class QuantizedWeights(StreamedReads):
 @contextmanager
 def _rounded(parameters: Mapping[str, Tensor], view: QuantizedWeights) -> Iterator[None]:
     """Parameters that hold what `view` makes of them for the length of a block, then as before."""
-    expect_outermost()
-    kept = [parameter.detach().clone() for parameter in parameters.values()]
-    try:
-        with torch.no_grad(), uninterrupted():
-            for parameter in parameters.values():
-                view.fill([parameter.detach()], [Part.whole(parameter)])
-        yield
-    finally:
-        with torch.no_grad(), uninterrupted():
-            for parameter, copy in zip(parameters.values(), kept, strict=True):
-                parameter.copy_(copy)
+    with held_in_place(parameters.values()):
+        kept = [parameter.detach().clone() for parameter in parameters.values()]
+        try:
+            with torch.no_grad(), uninterrupted():
+                for parameter in parameters.values():
+                    view.fill([parameter.detach()], [Part.whole(parameter)])
+            yield
+        finally:
+            with torch.no_grad(), uninterrupted():
+                for parameter, copy in zip(parameters.values(), kept, strict=True):
+                    parameter.copy_(copy)
 
 
 def _transposed(model: nn.Module) -> frozenset[int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -12,6 +14,10 @@ from zo_kernels.modes.reads import StreamedReads
 
 #: What to change: parameters by name, or patterns of names; None for ``linear_weights``.
 Selection = Mapping[str, Tensor] | str | Sequence[str] | None
+
+_lock = threading.Lock()
+#: By a tensor's id: the threads of the blocks that hold it changed in place.
+_holders: dict[int, list[int]] = {}
 
 
 def select(model: nn.Module, parameters: Selection = None) -> dict[str, Tensor]:
@@ -35,6 +41,36 @@ def select(model: nn.Module, parameters: Selection = None) -> dict[str, Tensor]:
             )
         found.update(matches)
     return {name: parameter for name, parameter in named.items() if name in found}
+
+
+@contextmanager
+def held_in_place(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Let no other thread hold these tensors changed in place, for the length of a block.
+
+    Blocks of one thread end the last one first, so that each gives back what it found; one of
+    another thread would take the changes for the weights, and might give them back last.
+
+    Raises:
+        RuntimeError: another thread does; or within a context that changes what weights read as.
+    """
+    expect_outermost()
+    keys, thread = [id(tensor) for tensor in tensors], threading.get_ident()
+    with _lock:
+        if any(holder != thread for key in keys for holder in _holders.get(key, ())):
+            raise RuntimeError(
+                "in_place: expected no block of another thread that holds these weights changed "
+                "in place, got one; leave that first, or give each thread a model of its own"
+            )
+        for key in keys:
+            _holders.setdefault(key, []).append(thread)
+    try:
+        yield
+    finally:
+        with _lock:
+            for key in keys:
+                _holders[key].pop()
+                if not _holders[key]:
+                    del _holders[key]
 
 
 def expect_outermost() -> None:
