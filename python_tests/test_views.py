@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -248,6 +249,43 @@ def test_training_goes_on_outside() -> None:
         model(input_ids=ids)
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in linear_weights(model).values())
+
+
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("rounding", [False, True])
+def test_a_backward_pass_through_a_changed_copy_is_refused(noise, rounding) -> None:
+    """Within the block and after it; forwards go on, and in_place gives the gradients."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    x = torch.linspace(-1.0, 1.0, 32).view(4, 8).requires_grad_()
+
+    def views(**options) -> ExitStack:
+        stack, options = ExitStack(), {"parameters": "*.weight", **options}
+        if noise:
+            stack.enter_context(zk.perturbed(model, sigma=0.5, seed=0, **options))
+        if rounding:
+            stack.enter_context(zk.quantized(model, "int4", **options))
+        return stack
+
+    with views(in_place=True):
+        expected = model(x)
+        (gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    if not (noise or rounding):
+        assert torch.equal(torch.autograd.grad(model(x).square().sum(), x)[0], gradient)
+        return
+    message = r"'0\.weight': expected no gradient .* torch\.no_grad\(\), .* in_place=True"
+    with views():
+        losses = [model[:1](x).sum(), model[:1](x).sum()]
+        with pytest.raises(RuntimeError, match=message):
+            losses[0].backward()
+        found = model(x)
+        assert torch.equal(found, expected)
+    with pytest.raises(RuntimeError, match=message):
+        losses[1].backward()
+    with pytest.raises(RuntimeError, match=r"'2\.weight': expected no gradient"):
+        found.square().sum().backward()
+    assert x.grad is None
+    with torch.no_grad(), views():
+        assert torch.equal(model(x), expected)
 
 
 @pytest.mark.parametrize("mode", ["streamed", "dual", "inplace"])

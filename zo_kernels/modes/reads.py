@@ -114,7 +114,8 @@ _active = _Active()
 class StreamedReads(TorchFunctionMode, ABC):
     """Context in which parameters read as changed copies of themselves.
 
-    Contexts may be nested: the inner one changes what the outer ones give.
+    Contexts may be nested: the inner one changes what the outer ones give. A backward pass through
+    an operation that read a parameter within is a RuntimeError.
 
     Args:
         parameters: by name.
@@ -195,6 +196,8 @@ class StreamedReads(TorchFunctionMode, ABC):
         copies = dict(zip(found, self.copies(parts), strict=True))
         result = func(*_replace(args, copies), **_replace(kwargs, copies))
         self._scratch.give_away_if_aliased(result)
+        if torch.is_grad_enabled():
+            _refuse_gradients(result, self._name(next(iter(found))))
         return result
 
     def copies(self, parts: Sequence[Part]) -> list[Tensor]:
@@ -259,6 +262,25 @@ class StreamedReads(TorchFunctionMode, ABC):
         source = untouched(stacked)[index]
         start = (index % stacked.shape[0]) * source.numel()
         return self.copies([Part(stacked, source, start)])[0].clone()
+
+
+def _refuse_gradients(result: object, name: str) -> None:
+    """Let a backward pass end with an error where an operation read a changed copy of ``name``.
+
+    What autograd has kept of that copy is written anew by the next operation, past the count of
+    versions that would tell. A forward whose gradients nobody asks for goes on.
+    """
+
+    def refuse(gradients: object) -> None:
+        raise RuntimeError(
+            f"'{name}': expected no gradient through an operation that reads a changed copy of it, "
+            "which is gone by now, got a backward pass; compute under torch.no_grad(), or enter "
+            "zk.perturbed or zk.quantized with in_place=True and go back within its block"
+        )
+
+    for tensor in _tensors(result):
+        if tensor.grad_fn is not None:
+            tensor.grad_fn.register_prehook(refuse)
 
 
 def _tensors(tree: object) -> Iterator[Tensor]:

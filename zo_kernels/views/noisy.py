@@ -38,7 +38,8 @@ def perturbed(
 
     w' = round(float32(w) + s * z), one rounding to the weight's dtype, with s from ``noise_std``
     and z the normal at (seed, ``EVAL_WEIGHT_NOISE`` + draw, stream of the name, element index).
-    A weight whose s is 0 reads as it is.
+    A weight whose s is 0 reads as it is. A backward pass through an operation that read another one
+    is a RuntimeError; with in_place it gives their gradients, if it is made within the block.
 
     Args:
         model: its parameters are contiguous float32, bfloat16 or float16.

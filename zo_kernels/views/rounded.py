@@ -33,7 +33,9 @@ def quantized(
     """Let weights read as their ``zk.fake_quant`` values, for the length of a ``with`` block.
 
     The output channel is dim 0, except for a transformers ``Conv1D``, whose weight is stored
-    (in, out). Weights of more than two dimensions (stacked experts) are taken as (..., in).
+    (in, out). Weights of more than two dimensions (stacked experts) are taken as (..., in). A
+    backward pass through an operation that read one of them is a RuntimeError; with in_place it
+    gives their gradients, if it is made within the block.
 
     What it returns can be entered many times, unless in_place also in two threads at once, such as
     in the closure of a ``ZOSGD`` step, which then minimises the loss of the quantised model:
