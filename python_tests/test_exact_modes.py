@@ -278,6 +278,21 @@ def test_dual_computes_under_the_callers_autocast():
     assert losses["dual"] == losses["streamed"]
 
 
+def test_dual_makes_tensors_on_the_callers_default_device():
+    """Of both evaluations, for the length of a ``with`` too."""
+    w, seen = torch.nn.Parameter(torch.zeros(4)), []
+    optimizer = zk.ZOSGD([("w", w)], lr=0.0, mode="dual", diagnostics=False)
+
+    def closure():
+        seen.append(torch.empty(1).device.type)
+        return (w * 1.0).sum()
+
+    with torch.device("meta"):
+        optimizer.step(closure)
+    optimizer.step(closure)
+    assert seen == ["meta", "meta", "cpu", "cpu"]
+
+
 def test_an_interrupt_ends_both_sides_of_dual(ctrl_c):
     """Ctrl-C while the main thread only waits for the other side."""
     model = tiny_model("llama")

@@ -175,8 +175,10 @@ def _thread_settings() -> Callable[[], None]:
     }
     caching = torch.is_autocast_cache_enabled()
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+    default_device = torch.get_default_device()
 
     def apply() -> None:
+        torch.set_default_device(default_device)  # of that thread alone
         torch.set_num_threads(threads)
         for device, (enabled, dtype) in cast.items():
             torch.set_autocast_enabled(device, enabled)
