@@ -208,18 +208,25 @@ class Companions:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block is done: weights and what gives them back change together."""
-    if threading.current_thread() is not threading.main_thread():
+    """Ctrl-C waits until the block is done: weights and what gives them back change together.
+
+    It comes after an exception of the block too, and to a handler that Python did not set at once.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    # Only the main thread may set a handler, and none that is not Python's can be given back.
+    if before is None or threading.current_thread() is not threading.main_thread():
         yield
         return
     pending: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
+    signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if pending and callable(before):
-        before(*pending[0])
+        if pending and callable(before):
+            before(*pending[0])
+        elif pending:
+            signal.raise_signal(signal.SIGINT)
 
 
 def loss_value(loss: Tensor | float) -> float:
