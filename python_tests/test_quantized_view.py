@@ -14,6 +14,7 @@ import zo_kernels as zk
 from zo_kernels import ops
 from zo_kernels.blocks import linear_weights
 from zo_kernels.modes import Slot
+from zo_kernels.modes.reads import Part
 from zo_kernels.modes.streamed import StreamedWeights
 from zo_kernels.noise import EVAL_WEIGHT_NOISE, model_streams
 from zo_kernels.ops import perturb_quant
@@ -129,6 +130,19 @@ def test_a_view_names_what_is_not_finite() -> None:
             assert torch.equal(model(ids).logits, expected)
     with pytest.raises(ValueError, match=r"a divisor of 32, the in dimension of model\.layers\.0"):
         zk.quantized(model, "int4", group_size=5)
+
+
+def test_when_reads_on_a_device_that_waits_are_looked_at() -> None:
+    """Changed values once, whether or not unchanged ones were read before; on a CPU always."""
+    weight, other = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2, 2))
+    view = QuantizedWeights({"w": weight, "o": other}, "int4")
+    on_device = torch.empty(2, 2, device="meta")  # stands for any that is not a CPU
+    looks = [
+        view._looks_at(Part(parameter, on_device, 0), changed)
+        for parameter, changed in [(weight, c) for c in (False, True, True)] + [(other, True)]
+    ]
+    assert looks == [False, True, False, True]
+    assert all(view._looks_at(Part.whole(weight), changed) for changed in (False, True))
 
 
 @pytest.mark.parametrize("outputs, inputs", [(1, 8), (8, 1)])

@@ -4,7 +4,8 @@ The two evaluations run in two threads of which one at a time is at work. Where 
 to an operation that reads parameters, it draws z once, perturbs a copy for itself and one for the
 other, and goes on when the other has taken its copy there. So a step draws two normals per weight
 (one for the pair, one for the update) instead of three, for any closure: no layer has to be known.
-Where the two part ways (an expert that only one of them chose), each draws for itself.
+Where the two part ways (an expert that only one of them chose), each draws for itself, and so it
+does for the weights that ``zk.quantized`` rounds within the closure, which takes one pass for both.
 """
 
 from __future__ import annotations

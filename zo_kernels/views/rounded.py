@@ -273,9 +273,10 @@ class QuantizedWeights(StreamedReads):
         little; on a GPU, where it waits, at the first read of values that ``look`` has not seen."""
         if part.source.device.type == "cpu":
             return True
-        first = changed and id(part.parameter) not in self._seen
+        if not changed or id(part.parameter) in self._seen:
+            return False
         self._seen.add(id(part.parameter))
-        return first
+        return True
 
 
 @contextmanager
