@@ -329,6 +329,24 @@ def test_selection() -> None:
         assert not torch.equal(norm + 0.0, untouched(norm))
 
 
+def test_what_selects_no_parameters_is_refused() -> None:
+    """By both views, before anything is looked at."""
+    model = tiny_llama()
+    for parameters, error, message in (
+        ([], ValueError, r"parameters: expected at least one name or pattern, got \[\]"),
+        ({}, ValueError, r"parameters: expected at least one name or pattern, got \{\}"),
+        (3, TypeError, r"parameters: expected None, a mapping, .*, got int \(3\)"),
+        (["*", 3], TypeError, r"parameters: expected patterns as str, got 3"),
+    ):
+        with (
+            pytest.raises(error, match=message),
+            zk.perturbed(model, sigma=0.1, seed=0, parameters=parameters),
+        ):
+            pass
+        with pytest.raises(error, match=message):
+            zk.quantized(model, "int4", parameters=parameters)
+
+
 def test_sigma_zero_is_identity() -> None:
     model = tiny_llama(torch.bfloat16)
     with torch.no_grad():

@@ -24,15 +24,26 @@ def select(model: nn.Module, parameters: Selection = None) -> dict[str, Tensor]:
     """The parameters that a selection means, by name.
 
     Raises:
-        ValueError: a pattern that matches no name, and ``linear_weights``'.
+        TypeError: neither a mapping nor patterns.
+        ValueError: nothing in it, a pattern that matches no name, and ``linear_weights``'.
     """
     if parameters is None:
         return linear_weights(model)
-    if isinstance(parameters, Mapping):
-        return dict(parameters)
+    if not isinstance(parameters, (str, Mapping, Sequence)):
+        raise TypeError(
+            "parameters: expected None, a mapping, a pattern or a list of patterns, got "
+            f"{type(parameters).__name__} ({parameters!r})"
+        )
+    patterns = [parameters] if isinstance(parameters, str) else parameters
+    if not patterns:
+        raise ValueError(f"parameters: expected at least one name or pattern, got {patterns!r}")
+    if isinstance(patterns, Mapping):
+        return dict(patterns)
     named = dict(model.named_parameters())
     found: set[str] = set()
-    for pattern in [parameters] if isinstance(parameters, str) else parameters:
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"parameters: expected patterns as str, got {pattern!r}")
         matches = fnmatch.filter(named, pattern)
         if not matches:
             raise ValueError(
