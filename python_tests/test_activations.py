@@ -169,6 +169,14 @@ def test_errors() -> None:
         options = {**NOISE, **bad}
         with pytest.raises(ValueError, match=message), zk.perturbed_activations(model, **options):
             pass
+    for bad, message in (
+        ({"alpha": "a"}, r"alpha: expected a float, got str \('a'\)"),
+        ({"draw": 0.5}, r"draw: expected an int, got float \(0.5\)"),
+        ({"seed": True}, r"seed: expected an int, got bool \(True\)"),
+    ):
+        options = {**NOISE, **bad}
+        with pytest.raises(TypeError, match=message), zk.perturbed_activations(model, **options):
+            pass
     with pytest.raises(ValueError, match="scheme"), zk.quantized_activations(model, "int9"):
         pass
     with (

@@ -409,16 +409,24 @@ def test_noise_errors() -> None:
     before = bits(model)
     good = {"sigma": 0.1, "seed": 0, "draw": 0}
     for bad, message in (
-        ({"kind": "relative"}, "noise kind"),
-        ({"sigma": -0.1}, "sigma >= 0"),
-        ({"sigma": math.nan}, "sigma >= 0"),
+        ({"kind": "relative"}, r"kind: expected one of \('abs', .*, got 'relative'"),
+        ({"sigma": -0.1}, "sigma: expected a finite number >= 0, got -0.1"),
+        ({"sigma": math.nan}, "sigma: expected a finite float32 value, got nan"),
         ({"draw": 1 << 28}, "draw: expected"),
         ({"draw": -1}, "draw: expected"),
         ({"seed": 1 << 64}, "seed: expected"),
-        ({"parameters": {"no.such": model.lm_head.weight}}, r"no\.such"),
+        ({"parameters": {"no.such": model.lm_head.weight}}, r"parameters: expected .*no\.such"),
         ({"parameters": "*.experts.*"}, r"got '\*\.experts\.\*', which matches none"),
     ):
         with pytest.raises(ValueError, match=message), zk.perturbed(model, **(good | bad)):
+            pass
+    for bad, message in (
+        ({"sigma": "a"}, r"sigma: expected a float, got str \('a'\)"),
+        ({"draw": 0.5}, r"draw: expected an int, got float \(0.5\)"),
+        ({"seed": 0.5}, r"seed: expected an int, got float \(0.5\)"),
+        ({"seed": True}, r"seed: expected an int, got bool \(True\)"),
+    ):
+        with pytest.raises(TypeError, match=message), zk.perturbed(model, **(good | bad)):
             pass
     assert same_bits(before, bits(model))
     integers = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)

@@ -19,7 +19,6 @@ index = (2^27 + the sequence's number) * 2^34 + position * hidden + channel.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from zo_kernels import ops
 from zo_kernels.blocks import decoder_blocks, linear_layers
+from zo_kernels.checks import expect_finite, expect_range
 from zo_kernels.noise import EVAL_ACTIVATION_NOISE, RESERVED_RANGE, assign_streams
 from zo_kernels.quantize import fake_quant
 
@@ -107,14 +107,13 @@ def perturbed_activations(
 
     Raises:
         ValueError: alpha, seed or draw out of range, or a name that is no decoder block's.
-        TypeError: within the block, if an output is not a floating-point tensor.
+        TypeError: alpha is no number, or seed or draw no int; within the block, if an output is not
+            a floating-point tensor.
     """
-    if not (math.isfinite(alpha) and alpha >= 0):
-        raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
-    if not 0 <= draw < RESERVED_RANGE:
-        raise ValueError(f"draw: expected 0 <= draw < 2**28, got {draw}")
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed: expected 0 <= seed < 2**64, got {seed}")
+    if expect_finite("alpha", alpha) < 0:
+        raise ValueError(f"alpha: expected a finite number >= 0, got {alpha}")
+    expect_range("draw", draw, RESERVED_RANGE)
+    expect_range("seed", seed, 1 << 64)
     everything = decoder_blocks(model)
     streams = assign_streams(list(everything))
     names = list(everything) if blocks is None else list(blocks)

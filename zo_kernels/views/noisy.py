@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zo_kernels import ops
-from zo_kernels.checks import check_tensor
+from zo_kernels.checks import check_tensor, expect_finite, expect_range
 from zo_kernels.modes.base import Slot, uninterrupted
 from zo_kernels.modes.reads import untouched
 from zo_kernels.modes.streamed import StreamedWeights
@@ -60,16 +60,14 @@ def perturbed(
         The noise's standard deviation by parameter name.
 
     Raises:
-        ValueError, TypeError: as ``noise_std``; seed or draw out of range; a pattern that no name
-            matches, or a name without a noise stream in this model.
-        RuntimeError: at the end of the block, if no operation in it read one of the weights; or at
-            once, if in_place within a context that changes what they read as, or while another
-            thread holds one of them changed in place.
+        ValueError, TypeError: as ``noise_std``; seed or draw no int or out of range; no parameters,
+            a pattern that no name matches, or a name without a noise stream in this model.
+        RuntimeError: at the end of the block, if no operation in it read one of the weights (which
+            in_place cannot tell); or at once, if in_place within a context that changes what they
+            read as, or while another thread holds one of them changed in place.
     """
-    if not 0 <= draw < RESERVED_RANGE:
-        raise ValueError(f"draw: expected 0 <= draw < 2**28, got {draw}")
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed: expected 0 <= seed < 2**64, got {seed}")
+    expect_range("draw", draw, RESERVED_RANGE)
+    expect_range("seed", seed, 1 << 64)
     chosen = select(model, parameters)
     stds = {
         name: noise_std(untouched(parameter), sigma=sigma, kind=kind, name=name)
@@ -78,7 +76,7 @@ def perturbed(
     streams = model_streams(model)
     unknown = [name for name in chosen if name not in streams]
     if unknown:
-        raise ValueError(f"expected names of model.named_parameters(), got {unknown}")
+        raise ValueError(f"parameters: expected names of model.named_parameters(), got {unknown}")
     noisy = [name for name, std in stds.items() if std > 0]
     if not noisy:
         yield stds
@@ -133,13 +131,14 @@ def noise_std(weight: Tensor, *, sigma: float, kind: str, name: str = "weight") 
     The value is in the unit of the weight.
 
     Raises:
-        ValueError: unknown `kind`, negative or non-finite `sigma`, or non-finite weights.
-        TypeError: a dtype other than float32, bfloat16, float16.
+        ValueError: unknown `kind`, negative or non-finite `sigma`, or non-finite weights (which
+            `abs` does not look at).
+        TypeError: `sigma` is no number, or a dtype other than float32, bfloat16, float16.
     """
     if kind not in NOISE_KINDS:
-        raise ValueError(f"expected a noise kind out of {NOISE_KINDS}, got {kind!r}")
-    if not (math.isfinite(sigma) and sigma >= 0):
-        raise ValueError(f"expected a finite sigma >= 0, got {sigma!r}")
+        raise ValueError(f"kind: expected one of {NOISE_KINDS}, got {kind!r}")
+    if expect_finite("sigma", sigma) < 0:
+        raise ValueError(f"sigma: expected a finite number >= 0, got {sigma}")
     check_tensor(f"'{name}'", weight)
     if kind == "abs" or weight.numel() == 0:
         return float(sigma)
