@@ -63,9 +63,9 @@ def quantized(
     Raises:
         ValueError, TypeError: as ``zk.fake_quant``, naming the parameter; or as ``perturbed``. At
             once, but for values that are not finite.
-        RuntimeError: at the end of a block, if no operation in it read one of the weights; or at
-            its begin, if in_place within a context that changes what they read as, or while another
-            thread holds one of them changed in place.
+        RuntimeError: at the end of a block, if no operation in it read one of the weights (which
+            in_place cannot tell); or at its begin, if in_place within a context that changes what
+            they read as, or while another thread holds one of them changed in place.
     """
     chosen = select(model, parameters)
     options = {
