@@ -144,6 +144,18 @@ def test_embedding_perturbs_only_rows_looked_up(padding_idx, monkeypatch):
         assert torch.equal(got, F.embedding(ids, table))
 
 
+@pytest.mark.parametrize("number", [-1, 9])
+def test_ids_that_no_row_has_are_the_error_of_the_embedding(number):
+    """And not one of what makes the noise."""
+    table, ids = torch.nn.Parameter(torch.randn(9, 6)), torch.tensor([number, 3])
+    with pytest.raises(IndexError) as expected:
+        F.embedding(ids, table)
+    with StreamedWeights([Slot("t", table, 4)], [1.0], seed=5, direction=6):
+        with pytest.raises(IndexError) as caught:
+            F.embedding(ids, table)
+    assert str(caught.value) == str(expected.value)
+
+
 def test_reading_the_address_is_refused_by_name():
     weight = torch.nn.Parameter(torch.randn(4, 4))
     with StreamedWeights([Slot("head.weight", weight, 1)], [1.0], seed=0, direction=0):
