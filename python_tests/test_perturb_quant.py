@@ -17,6 +17,7 @@ from helpers import (
     runnable,
 )
 from test_fake_quant import hard_weights
+from test_native import with_threads
 
 import zo_kernels as zk
 from zo_kernels.backends import composed
@@ -96,15 +97,14 @@ def test_groups_within_rows(isa, dtype, size):
     """More groups than a block of the C++ kernels has, and more elements than a piece."""
     source = hard_weights(500, 192, dtype)
     expected = in_two_steps([source], [0.01], "int4", [7], "normal", group_size=size)
+    options = {"offsets": [7], "group_size": size, "backend": "native"}
+    address = {"seed": SEED, "direction": DIRECTION, "streams": STREAMS[:1]}
     for threads in (1, 3):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
         out = torch.empty_like(source)
-        perturb_quant(
-            [out], [source], [0.01], "int4", seed=SEED, direction=DIRECTION,
-            streams=STREAMS[:1], offsets=[7], group_size=size, backend="native",
-        )  # fmt: skip
-        torch.set_num_threads(before)
+        with_threads(
+            threads,
+            lambda o=out: perturb_quant([o], [source], [0.01], "int4", **address, **options),
+        )
         assert_same_bits(out, expected[0], threads)
 
 
