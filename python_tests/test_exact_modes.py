@@ -125,6 +125,28 @@ def test_weights_written_by_others_are_refused(mode):
 
 
 @pytest.mark.parametrize("mode", ["master", "master8"])
+def test_an_evaluation_in_place_between_two_steps_changes_nothing(mode):
+    """It gives the weights back, so they count as not written."""
+    model, _ = run(mode, torch.bfloat16, 3)
+    expected = bits(model)
+    model, optimizer = run(mode, torch.bfloat16, 1)
+    for _ in range(2):
+        with zk.perturbed(model, sigma=0.5, seed=1, in_place=True):
+            with zk.quantized(model, "int4", in_place=True):
+                pass
+        with zk.quantized(model, "int4", in_place=True):
+            pass
+        optimizer.step(closure_of(model))
+    assert same_bits(model, expected)
+    with zk.perturbed(model, sigma=0.5, seed=1, in_place=True):
+        pass
+    with torch.no_grad():
+        model.model.norm.weight += 1.0
+    with pytest.raises(RuntimeError, match=rf"mode '{mode}': expected 'model.norm.weight' as its"):
+        optimizer.step(closure_of(model))
+
+
+@pytest.mark.parametrize("mode", ["master", "master8"])
 def test_state_beside_the_weights_is_saved_and_loaded(mode, tmp_path):
     model, _ = run(mode, torch.bfloat16, 6)
     expected = bits(model)

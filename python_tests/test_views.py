@@ -288,6 +288,29 @@ def test_a_backward_pass_through_a_changed_copy_is_refused(noise, rounding) -> N
         assert torch.equal(model(x), expected)
 
 
+def test_a_backward_pass_over_an_end_of_a_block_in_place_is_refused() -> None:
+    """Of what was computed before it too; torch says that the weights were modified."""
+    model, x = nn.Linear(4, 4), torch.linspace(-1.0, 1.0, 8).view(2, 4).requires_grad_()
+    options, message = {"parameters": "weight", "in_place": True}, "modified by an inplace op"
+    for context in (
+        lambda: zk.perturbed(model, sigma=0.5, seed=0, **options),
+        lambda: zk.quantized(model, "int2", **options),
+    ):
+        outside = model(x).sum()
+        with context():
+            with pytest.raises(RuntimeError, match=message):
+                outside.backward()
+            inside = model(x).sum()
+            with context():
+                pass
+            with pytest.raises(RuntimeError, match=message):
+                inside.backward()
+            inside = model(x).sum()
+            inside.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match=message):
+            inside.backward()
+
+
 @pytest.mark.parametrize("mode", ["streamed", "dual", "inplace"])
 def test_a_step_through_the_quantizer(mode) -> None:
     """Contexts within the closure see the perturbed weights; around a streamed step is refused."""

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from zo_kernels import ops
 
@@ -145,6 +146,33 @@ def changes_like(changes: Tensor | None, slots: Sequence[Slot]) -> Tensor | None
     return torch.empty(len(slots), 3, dtype=torch.float64, device=slots[0].tensor.device)
 
 
+#: For tensors that were changed in place and given back to the bit: their versions before, after.
+_given_back = WeakTensorKeyDictionary()
+
+
+def written_version(tensor: Tensor) -> int:
+    """The version of a tensor, as if ``changed_and_given_back`` had not counted any."""
+    before, after = _given_back.get(tensor, (None, None))
+    return before if after == tensor._version else tensor._version
+
+
+@contextmanager
+def changed_and_given_back(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Let autograd know that tensors hold something else for the length of a block.
+
+    A backward pass through what was computed on the other side of either end is torch's error then.
+    """
+    counted = [tensor for tensor in tensors if not tensor.is_inference()]
+    versions = [written_version(tensor) for tensor in counted]
+    torch.autograd.graph.increment_version(counted)
+    try:
+        yield
+    finally:
+        torch.autograd.graph.increment_version(counted)
+        for tensor, version in zip(counted, versions, strict=True):
+            _given_back[tensor] = version, tensor._version
+
+
 class Companions:
     """Tensors that belong to parameters (a float32 master, a residual) while others leave those.
 
@@ -172,7 +200,7 @@ class Companions:
             if companion is None:
                 self.tensors[slot.name] = self._make(slot.tensor.detach())
                 continue
-            written = self._versions.get(slot.name) != slot.tensor._version
+            written = self._versions.get(slot.name) != written_version(slot.tensor)
             if written and not self._fits(companion, slot.tensor):
                 raise RuntimeError(
                     f"mode '{self._mode}': expected '{slot.name}' as its last update left it, got "
@@ -184,7 +212,7 @@ class Companions:
     def settled(self, slots: Sequence[Slot]) -> None:
         """Note that the parameters are now as their companions say."""
         for slot in slots:
-            self._versions[slot.name] = slot.tensor._version
+            self._versions[slot.name] = written_version(slot.tensor)
 
     def load(self, state: dict[str, Tensor], slots: Sequence[Slot]) -> None:
         """Take other companions over, of the slots' weights as they are now.

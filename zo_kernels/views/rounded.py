@@ -282,7 +282,7 @@ class QuantizedWeights(StreamedReads):
 @contextmanager
 def _rounded(parameters: Mapping[str, Tensor], view: QuantizedWeights) -> Iterator[None]:
     """Parameters that hold what `view` makes of them for the length of a block, then as before."""
-    with held_in_place(parameters.values()):
+    with held_in_place(list(parameters.values())):
         kept = [parameter.detach().clone() for parameter in parameters.values()]
         try:
             with torch.no_grad(), uninterrupted():

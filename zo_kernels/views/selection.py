@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from zo_kernels.blocks import linear_weights
+from zo_kernels.modes.base import changed_and_given_back
 from zo_kernels.modes.reads import StreamedReads
 
 #: What to change: parameters by name, or patterns of names; None for ``linear_weights``.
@@ -55,14 +56,15 @@ def select(model: nn.Module, parameters: Selection = None) -> dict[str, Tensor]:
 
 
 @contextmanager
-def held_in_place(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Let no other thread hold these tensors changed in place, for the length of a block.
+def held_in_place(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Hold tensors changed in place for the length of a block, in one thread, and tell autograd.
 
     Blocks of one thread end the last one first, so that each gives back what it found; one of
     another thread would take the changes for the weights, and might give them back last.
 
     Raises:
-        RuntimeError: another thread does; or within a context that changes what weights read as.
+        RuntimeError: another thread holds one of them; or within a context that changes what
+            weights read as.
     """
     expect_outermost()
     keys, thread = [id(tensor) for tensor in tensors], threading.get_ident()
@@ -75,7 +77,8 @@ def held_in_place(tensors: Iterable[Tensor]) -> Iterator[None]:
         for key in keys:
             _holders.setdefault(key, []).append(thread)
     try:
-        yield
+        with changed_and_given_back(tensors):
+            yield
     finally:
         with _lock:
             for key in keys:
