@@ -343,7 +343,9 @@ class ZOSGD(Logged, torch.optim.Optimizer):
             if update is not None:
                 updates.append(GroupUpdate(group.slots, update.scales, update.src_scale))
         rows = sum(len(update.slots) for update in updates)
-        changes = torch.full((rows, 3), math.nan, dtype=torch.float64) if self.diagnostics else None
+        changes = None
+        if self.diagnostics:  # on the CPU, whatever the caller's default device
+            changes = torch.full((rows, 3), math.nan, dtype=torch.float64, device="cpu")
         if updates:
             self.mode.update(updates, record.directions, changes)
         else:
