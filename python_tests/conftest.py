@@ -7,6 +7,7 @@ imported. A missing C++ extension is an error here, not a fallback.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -50,3 +51,11 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def device(backend: str) -> str:
     """Where the backend's tensors live."""
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def ctrl_c():
+    """Python's handling of SIGINT, which background processes inherit ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -23,14 +23,6 @@ EXACT = sorted(name for name, mode in MODES.items() if mode.exact)
 ALIKE = sorted(name for name in EXACT if ARITHMETICS[name] == "stochastic")
 
 
-@pytest.fixture
-def ctrl_c():
-    """Python's handling of SIGINT, which background processes inherit ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def left_behind() -> list[threading.Thread]:
     """Threads of the mode "dual" that still run."""
     return [thread for thread in threading.enumerate() if thread.name == "zo_kernels-dual"]

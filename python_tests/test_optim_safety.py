@@ -71,7 +71,7 @@ def test_an_exception_leaves_the_weights(error, bad_call):
 
 
 @pytest.mark.parametrize("mode", ["streamed", "inplace", "mezo"])
-def test_ctrl_c_during_the_update_leaves_a_step_that_was_taken(mode, monkeypatch):
+def test_ctrl_c_during_the_update_leaves_a_step_that_was_taken(mode, monkeypatch, ctrl_c):
     model = tiny_model("llama")
     before = bits(model)
     optimizer = zk.ZOSGD(model.named_parameters(), lr=1e-2, eps=1e-2, mode=mode)
