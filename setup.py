@@ -2,8 +2,8 @@
 
 One object file per instruction set, each with its own flags; the choice is made when the module
 is used (csrc/dispatch.cpp), so one build runs on every processor of the architecture. torch is
-not needed to build. `ZO_KERNELS_SKIP_CPP=1` installs without the extension: CPU tensors then use
-the slow reference backend.
+not needed to build. `ZO_KERNELS_SKIP_CPP=1` installs without the extension, which is for Linux
+only: CPU tensors then use the slow reference backend.
 """
 
 import os
@@ -19,18 +19,41 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 
 
-def is_gcc(compiler: str | None) -> bool:
-    """Whether the compiler is GCC (clang calls itself so on some systems, but not here)."""
-    if compiler is None:
-        return False
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True)
+def compiler() -> list[str]:
+    """The command of the C++ compiler, which may begin with a launcher (CXX="ccache g++").
+
+    Raises:
+        SystemExit: there is none.
+    """
+    chosen = os.environ.get("CXX")
+    found = shutil.which("c++") or shutil.which("g++")
+    if chosen:
+        return shlex.split(chosen)
+    if found is None:
+        raise SystemExit(
+            "zo_kernels: no C++ compiler found (looked at CXX, c++, g++).\n"
+            "Install one (Debian: apt-get install g++), or set ZO_KERNELS_SKIP_CPP=1 to "
+            "install without the CPU kernels."
+        )
+    return [found]
+
+
+def is_gcc(command: list[str]) -> bool:
+    """Whether the compiler is GCC (clang calls itself so on some systems, but not here).
+
+    Raises:
+        SystemExit: it cannot be run.
+    """
+    try:
+        version = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    except OSError as error:
+        got = shlex.join(command)
+        raise SystemExit(f"CXX: expected a compiler, got {got!r}: {error}") from None
     return "Free Software Foundation" in version.stdout
 
 
-IS_GCC = is_gcc(COMPILER)
 CXX_FLAGS = [
     "-std=c++17",
     "-O3",
@@ -38,14 +61,18 @@ CXX_FLAGS = [
     "-fopenmp",
     "-fvisibility=hidden",
     "-fno-math-errno",
-    # 8 % on AVX2, whose 16 registers the two interleaved Philox blocks fill.
-    *(["-fschedule-insns", "-fsched-pressure"] if IS_GCC else []),
     # The noise contract: every mul, add and fma exactly as written (csrc/noise.h).
     "-ffp-contract=off",
     "-Wall",
     "-Wextra",
+]
+GCC_FLAGS = [
+    # 8 % on AVX2, whose 16 registers the two interleaved Philox blocks fill.
+    "-fschedule-insns",
+    "-fsched-pressure",
     # GCC 12 warns about its own _mm512_undefined_*() (GCC bug 105593).
-    *(["-Wno-uninitialized", "-Wno-maybe-uninitialized"] if IS_GCC else []),
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
 ]
 ISA_FLAGS = {
     "x86_64": {
@@ -77,6 +104,11 @@ class NinjaBuildExt(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Write build.ninja into the temporary folder and run it."""
+        if platform.system() != "Linux":
+            raise SystemExit(
+                f"zo_kernels: the CPU kernels are for Linux, and this is {platform.system()}; set "
+                "ZO_KERNELS_SKIP_CPP=1 to install without them."
+            )
         import ninja
         import pybind11
 
@@ -84,18 +116,12 @@ class NinjaBuildExt(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        if COMPILER is None:
-            raise SystemExit(
-                "zo_kernels: no C++ compiler found (looked at CXX, c++, g++).\n"
-                "Install one (Debian: apt-get install g++), or set ZO_KERNELS_SKIP_CPP=1 to "
-                "install without the CPU kernels."
-            )
-        machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(
-            platform.machine(), platform.machine()
-        )
+        command = compiler()
+        always = [*CXX_FLAGS, *(GCC_FLAGS if is_gcc(command) else [])]
+        always += shlex.split(os.environ.get("CXXFLAGS", ""))
         includes = [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
         lines = [
-            f"cxx = {shlex.quote(COMPILER)}",
+            f"cxx = {shlex.join(command).replace('$', '$$')}",
             "rule compile",
             "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
             "  depfile = $out.d",
@@ -110,17 +136,16 @@ class NinjaBuildExt(build_ext):
             objects.append(ninja_escape(target))
             source_path = ninja_escape(ROOT / "csrc" / source)
             lines.append(f"build {objects[-1]}: compile {source_path}")
-            quoted = shlex.join([*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), *flags])
-            lines.append(f"  flags = {quoted.replace('$', '$$')}")
+            lines.append(f"  flags = {shlex.join([*always, *flags]).replace('$', '$$')}")
 
-        for isa, flags in ISA_FLAGS.get(machine, {"scalar": []}).items():
+        for isa, flags in ISA_FLAGS.get(platform.machine(), {"scalar": []}).items():
             compile_rule("isa.cpp", f"isa_{isa}.o", [*flags, *isa_defines(isa)])
         for source in PLAIN_SOURCES:
             compile_rule(source, Path(source).stem + ".o", includes)
         lines.append(f"build {ninja_escape(output)}: link {' '.join(objects)}")
         (build / "build.ninja").write_text("\n".join(lines) + "\n")
-        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)]
-        if subprocess.run(command).returncode != 0:
+        run = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)]
+        if subprocess.run(run).returncode != 0:
             raise SystemExit(
                 "zo_kernels: compiling the CPU kernels failed (see the compiler's message above).\n"
                 "They need a C++17 compiler (g++ 10 or clang 12 and newer) with OpenMP; or set "

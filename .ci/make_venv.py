@@ -4,22 +4,24 @@ Usage: python3 .ci/make_venv.py FOLDER
 
 The first of these that applies decides where torch comes from:
 1. ZO_KERNELS_TORCH: a wheel or requirement for pip;
-2. the running Python has torch and is no virtual environment itself, whose packages another one
-   cannot see: the environment sees it (--system-site-packages);
+2. the running Python has a torch that is new enough and is no virtual environment itself, whose
+   packages another one cannot see: the environment sees it (--system-site-packages);
 3. an NVIDIA GPU is visible: the default build of the package index;
 4. pip is configured with local wheels (find-links) and one of them is torch: that one;
 5. the CPU build of the PyTorch project's own index.
 """
 
-import importlib.util
+import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
 import venv
 from pathlib import Path
 
-REQUIREMENT = "torch>=2.6"
+LEAST = (2, 6)
+REQUIREMENT = "torch>=" + ".".join(map(str, LEAST))
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -27,6 +29,19 @@ def run(*command: str) -> bool:
     """Whether the command succeeded."""
     print("+", *command, flush=True)
     return subprocess.run(command).returncode == 0
+
+
+def has_torch() -> bool:
+    """Whether the running Python has a torch that is new enough."""
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is not None and tuple(map(int, numbers.groups())) >= LEAST:
+        return True
+    print(f"the installed torch is {version}, not {REQUIREMENT}; looking for another")
+    return False
 
 
 def main() -> int:
@@ -37,7 +52,7 @@ def main() -> int:
     folder = Path(sys.argv[1])
     chosen = os.environ.get("ZO_KERNELS_TORCH")
     plain = sys.prefix == sys.base_prefix
-    existing = chosen is None and plain and importlib.util.find_spec("torch") is not None
+    existing = chosen is None and plain and has_torch()
     venv.create(folder, with_pip=True, clear=True, system_site_packages=existing)
     pip = (str(folder / "bin" / "python"), "-m", "pip")
     if existing:

@@ -19,7 +19,7 @@ from helpers import (
 import zo_kernels as zk
 from zo_kernels import quantize
 from zo_kernels.backends import native
-from zo_kernels.ops import BACKENDS, dispatch
+from zo_kernels.ops import BACKENDS, dispatch, perturb_quant
 
 
 @pytest.fixture(params=BACKENDS)
@@ -154,6 +154,25 @@ def test_ranges_that_are_too_large(backend, device):
         else:
             got = zk.fake_quant(weight, scheme, backend=backend)
             assert_same_bits(got, weight, scheme)
+
+
+def test_scales_that_rounding_raises_out_of_range(backend, device):
+    """Of nf4 with double quantisation: 65504 in all groups but two, whose scales pull the mean."""
+    weight = torch.full((4, 512), 65504.0)
+    weight.view(-1, 64)[:2] = 1.0
+    weight = weight.half().to(device)
+    before = weight.clone()
+    options = {"double_quant": True, "backend": backend}
+    message = r"model\.w: expected magnitudes that nf4 with quantised scales can scale within "
+    with pytest.raises(ValueError, match=message + r"torch\.float16, got a grid up to 6\d{4}\."):
+        zk.fake_quant(weight, "nf4", out=weight, name="model.w", **options)
+    assert_same_bits(weight, before.cpu())
+    assert zk.fake_quant(weight, "nf4", backend=backend).isfinite().all()
+    assert zk.fake_quant(weight / 2, "nf4", **options).isfinite().all()
+    assert not zk.fake_quant(weight, "nf4", check_finite=False, **options).isfinite().all()
+    call = {"seed": 0, "direction": 0, "streams": [0], "names": ["model.w"], **options}
+    with pytest.raises(ValueError, match=message):
+        perturb_quant([torch.empty_like(weight)], [weight], [0.0], "nf4", **call)
 
 
 def test_overlaps_are_refused():

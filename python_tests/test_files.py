@@ -8,7 +8,7 @@ import stat
 
 import pytest
 
-from zo_kernels.files import changed_settings, check_writable, write_file
+from zo_kernels.files import changed_settings, check_writable, replace_folder, write_file
 from zo_kernels.refine.records import read_records, write_records
 
 
@@ -54,6 +54,40 @@ def test_a_failing_write_leaves_the_old_file(step, error, tmp_path, monkeypatch)
         with pytest.raises(type(error)):
             write_file(tmp_path / name, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "input/output error"), KeyboardInterrupt()], ids=repr
+)
+@pytest.mark.parametrize("failing", [1, 2], ids=["setting aside", "putting in place"])
+def test_a_failing_replacement_leaves_the_old_folder(failing, error, tmp_path, monkeypatch):
+    """Also between the two steps, when the name is free; a new folder that fails leaves nothing."""
+    target, replace, calls = tmp_path / "model", os.replace, []
+
+    def fail(source, destination):
+        calls.append(source)
+        if len(calls) == failing:
+            raise error
+        replace(source, destination)
+
+    with replace_folder(target) as work:
+        (work / "config.json").write_text("old")
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(type(error)), replace_folder(target) as work:
+        (work / "config.json").write_text("new")
+    assert (target / "config.json").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_where_a_file_is(tmp_path):
+    """The option and the file are named, whether it is the folder itself or one that it is in."""
+    path = tmp_path / "file"
+    path.write_text("mine")
+    for target in (path, path / "model"):
+        with pytest.raises(NotADirectoryError, match=rf"output: expected .*{target}; {path} is a"):
+            with replace_folder(target):
+                pass
+    assert path.read_text() == "mine" and list(tmp_path.iterdir()) == [path]
 
 
 def test_records_are_replaced_together(tmp_path, monkeypatch):

@@ -4,11 +4,14 @@ ops -> backends -> noise."""
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from zo_kernels import backends
 
 PACKAGE = Path(__file__).parents[1] / "zo_kernels"
 # Each module or package imports only from rooms with a lower number, and from itself.
@@ -36,7 +39,7 @@ HELPERS = {
     "checks": set(),
     "files": set(),
     "memory": set(),
-    "moments": {"noise", "ops"},
+    "moments": set(),
     "places": set(),
     "progress": set(),
     "scales": {"backends", "formats"},
@@ -78,6 +81,27 @@ def test_imports_point_down(path):
             other not in HELPERS and (PACKAGE / other).exists() | (PACKAGE / f"{other}.py").exists()
         ):
             assert FLOORS[other] < FLOORS[room], f"{room} imports {other}"
+
+
+@pytest.mark.parametrize("room", HELPERS)
+def test_helpers_import_what_they_may(room):
+    """A floor that a helper has left is taken off its list."""
+    imports = [imported(path) for path in FILES if room_of(path) == room]
+    assert set().union(*imports) - {room} == HELPERS[room]
+
+
+def test_the_doors_of_the_backends():
+    """Each backend has all that their package names, and it names all that the operations use."""
+    triton = pytest.importorskip("zo_kernels.backends.triton")
+    named = set(re.findall(r"^    (\w+)[(:]", backends.__doc__, re.MULTILINE))
+    files = [*(PACKAGE / "ops").glob("*.py"), PACKAGE / "quantize.py"]
+    pattern = r"\broom\.(\w+)|backend_for\([^()]*\)\.(\w+)"
+    calls = [found for path in files for found in re.findall(pattern, path.read_text())]
+    used = {name for found in calls for name in found if name}
+    assert {"swap_", "combine_"} <= used
+    assert used - {"interpreting", "unavailable_reason"} <= named
+    for room in (backends.reference, backends.native, triton):
+        assert named <= set(dir(room)), room.__name__
 
 
 def test_the_rule_can_fail(tmp_path):

@@ -79,7 +79,8 @@ BAD_OPTIONS = [
     ({"offsets": [-1]}, ValueError, "offsets[0]: expected 0 <= offset <= 2^62 - 12, got -1"),
     ({"offsets": [2**62 - 11]}, ValueError, "offsets[0]: expected 0 <= offset <= 2^62 - 12"),
     ({"offsets": []}, ValueError, "offsets: expected 1 (one per tensor of dst), got 0"),
-    ({"offsets": [0.5]}, TypeError, "offsets: expected an int, got float (0.5)"),
+    ({"offsets": [0.5]}, TypeError, "offsets[0]: expected an int, got float (0.5)"),
+    ({"offsets": 4}, TypeError, "offsets: expected None or a list of ints, got int"),
     ({"scales": [math.nan]}, ValueError, "scales[0]: expected a finite float32 value, got nan"),
     ({"scales": [math.inf]}, ValueError, "scales[0]: expected a finite float32 value, got inf"),
     ({"scales": [1e39]}, ValueError, "scales[0]: expected a finite float32 value, got 1e+39"),
@@ -148,6 +149,12 @@ def test_pairs_must_match_and_overlaps_are_refused():
     refused(ValueError, f"dst[1]: {apart} dst[0]", [base[:20], base[19:39]], [good(20)] * 2, **two)
     same = [base[:20], base[:20]]
     refused(ValueError, apart, same, same, **two)
+    # Nothing is written where a pair in place comes before the overlap.
+    beside = good(20)
+    refused(
+        ValueError, f"dst[1]: {apart} src[1]", [beside, base[10:30]], [beside, base[:20]], **two
+    )
+    refused(ValueError, f"src[1]: {apart} dst[0]", [beside, base[:20]], [beside, beside], **two)
     # The same memory as two dtypes is an overlap too.
     refused(ValueError, apart, [base], [base.view(torch.bfloat16)[:40]])
 
@@ -179,7 +186,7 @@ def test_perturb_scales():
     torch.testing.assert_close(b - a, 0.25 * z, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match=r"scale\[0\]: expected a finite"):
         zk.perturb_([a], [math.nan], seed=1, direction=2, streams=[3])
-    with pytest.raises(TypeError, match="scale: expected a float or a list, got str"):
+    with pytest.raises(TypeError, match="scale: expected a float or a list of floats, got str"):
         zk.perturb_([a], "0.1", seed=1, direction=2, streams=[3])
 
 

@@ -65,6 +65,8 @@ def test_pair_refuses_bad_arguments():
     outs = [torch.zeros(4)], [torch.zeros(4)]
     with pytest.raises(ValueError, match=r"scales: expected 1 \(one per tensor of src\), got 2"):
         pair_(*outs, [w], [1.0, 2.0], **options)
+    with pytest.raises(TypeError, match=r"scales: expected a list of floats, got float"):
+        pair_(*outs, [w], 1.0, **options)
     with pytest.raises(ValueError, match=r"minus\[0\]: expected shape \(4,\) as src, got \(3,\)"):
         pair_(outs[0], [torch.zeros(3)], [w], [1.0], **options)
     with pytest.raises(TypeError, match=r"plus\[0\]: expected torch.float32 as src, got torch.bf"):
@@ -231,3 +233,13 @@ def test_advance_refuses_bad_arguments():
         advance_([w], one, residuals=[w], **options)
     advance_([w], [], **options)
     assert not w.any() and not rest.any()
+
+
+def test_updates_may_be_an_iterator():
+    """Which can be read only once."""
+    w, expected = torch.ones(4), torch.ones(4)
+    made = updates_of(1, (1, 2))
+    options = {"seed": 0, "streams": [1]}
+    advance_([expected], made, **options)
+    advance_([w], iter(made), **options)
+    assert_same_bits(w, expected)

@@ -63,7 +63,7 @@ def expect_finite(name: str, value: object) -> float:
 def expect_numbers(name: str, value: object) -> list[float]:
     """A list of such numbers."""
     if not isinstance(value, (list, tuple)):
-        raise TypeError(f"{name}: expected a float or a list, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a list of floats, got {type(value).__name__}")
     return [expect_finite(f"{name}[{i}]", item) for i, item in enumerate(value)]
 
 

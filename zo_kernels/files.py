@@ -76,7 +76,8 @@ def replace_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         path: absent, empty or an earlier checkpoint; see ``check_replaceable``.
 
     Raises:
-        FileExistsError: it holds other files.
+        FileExistsError, NotADirectoryError: as ``check_replaceable``. After any exception what was
+            under that name is as it was.
     """
     target = Path(path)
     check_replaceable(target)
@@ -90,9 +91,14 @@ def replace_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         # The old checkpoint is set aside, not deleted, until the new one has its name: a kill in
         # between leaves both, under hidden names beside it.
         aside = work.with_name(work.name + "-old")
-        if target.exists():
-            os.replace(target, aside)
-        os.replace(work, target)
+        try:
+            if target.exists():
+                os.replace(target, aside)
+            os.replace(work, target)
+        except BaseException:
+            if aside.exists() and not target.exists():
+                os.replace(aside, target)
+            raise
         sync(target.parent)
         shutil.rmtree(aside, ignore_errors=True)
     finally:
@@ -100,7 +106,18 @@ def replace_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_replaceable(target: Path) -> None:
-    """Refuse to replace anything but an earlier checkpoint (or an empty folder)."""
+    """Refuse to replace anything but an earlier checkpoint (or an empty folder).
+
+    Raises:
+        FileExistsError: it holds other files.
+        NotADirectoryError: it, or what it would be in, is no folder.
+    """
+    for place in (target, *target.parents):
+        if place.exists() and not place.is_dir():
+            raise NotADirectoryError(
+                f"output: expected a new, empty or checkpoint directory, got {target}; "
+                f"{place} is a file"
+            )
     earlier = any((target / name).is_file() for name in ("config.json", "adapter_config.json"))
     if target.exists() and not earlier and any(target.iterdir()):
         raise FileExistsError(

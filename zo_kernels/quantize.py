@@ -13,6 +13,7 @@ from zo_kernels.ops import backend_for
 from zo_kernels.ops.quant_arguments import (
     check_ends,
     check_format,
+    check_scales,
     group_of,
     has_scales_of_scales,
 )
@@ -153,7 +154,10 @@ def _run(
     if check_finite and ends is not None:
         check_ends(name, ends, tensor.dtype, scheme, symmetric)
     if has_scales_of_scales(scheme, double_quant):
-        scales = scales_of_scales(scheme, of_groups).to(tensor.device)
+        scales = scales_of_scales(scheme, of_groups)
+        if check_finite:
+            check_scales(name, scales, tensor.dtype, scheme)
+        scales = scales.to(tensor.device)
     found = room.fake_quant(out, tensor, scheme, group=group, symmetric=symmetric, scales=scales)
     if check_finite and ends is None:
         check_ends(name, found, tensor.dtype, scheme, symmetric)

@@ -78,7 +78,7 @@ def advance_(
     Raises:
         TypeError, ValueError, RuntimeError: as ``combine_``; nothing has been written then.
     """
-    tensors = expect_tensors("tensors", tensors)
+    tensors, updates = expect_tensors("tensors", tensors), list(updates)
     streams, offsets = check_lists("tensors", tensors, streams, offsets)
     noise = check_noise(seed, distribution)
     dithered = stochastic(rounding)

@@ -35,7 +35,11 @@ def check_lists(
     """
     words = expect_words("streams", streams)
     expect_length("streams", words, len(tensors), name)
-    starts = [0] * len(tensors) if offsets is None else [expect_int("offsets", o) for o in offsets]
+    if offsets is None:
+        offsets = [0] * len(tensors)
+    if not isinstance(offsets, (list, tuple)):
+        raise TypeError(f"offsets: expected None or a list of ints, got {type(offsets).__name__}")
+    starts = [expect_int(f"offsets[{i}]", offset) for i, offset in enumerate(offsets)]
     expect_length("offsets", starts, len(tensors), name)
     for i, (tensor, start) in enumerate(zip(tensors, starts, strict=True)):
         check_tensor(f"{name}[{i}]", tensor)

@@ -45,8 +45,12 @@ def perturb_(
         scale: one factor for all, or one per tensor.
         seed, direction, streams, offsets, rounding, distribution, backend: as for ``combine_``.
     """
-    rows = expect_numbers("scale", scale) if not isinstance(scale, (int, float)) else scale
-    per_tensor = [[c] for c in rows] if isinstance(rows, list) else [rows]
+    if not isinstance(scale, (int, float, list, tuple)):
+        raise TypeError(f"scale: expected a float or a list of floats, got {type(scale).__name__}")
+    if isinstance(scale, (int, float)):
+        per_tensor = [expect_finite("scale", scale)]
+    else:
+        per_tensor = [[c] for c in expect_numbers("scale", scale)]
     combine_(
         tensors,
         tensors,
@@ -137,38 +141,43 @@ def combine_(
             raise ValueError("directions: expected at least one, got an empty list")
         table = scale_table(scales, len(dst), len(directions))
     # In-place pairs go to an op of their own: a mutated argument must not alias another one.
-    for device in devices:
-        for same in (True, False):
-            picked = [
-                i
-                for i, (d, s) in enumerate(zip(dst, src, strict=True))
-                if d.device == device and (s is d) == same
-            ]
-            if not picked:
-                continue
-            whole = len(picked) == len(dst)
-            part = changes if changes is None or whole else changes.new_empty(len(picked), 3)
-            common = (
-                [] if on_device else [c for i in picked for c in table[i]],
-                [] if on_device else directions,
-                scales if on_device else None,
-                directions if on_device else None,
-                seed - (1 << 64) if seed >> 63 else seed,  # the schema's int is signed
-                [streams[i] for i in picked],
-                [offsets[i] for i in picked],
-                src_scale,
-                dithered,
-                distribution,
-                part,
-                backend or "",
-            )
-            with torch.no_grad():
-                if same:
-                    _perturb_op([dst[i] for i in picked], *common)
-                else:
-                    _combine_op([dst[i] for i in picked], [src[i] for i in picked], *common)
-                if part is not None and not whole:
-                    changes[picked] = part
+    pairs = list(zip(dst, src, strict=True))
+    groups = [
+        [i for i, (d, s) in enumerate(pairs) if d.device == device and (s is d) == same]
+        for device in devices
+        for same in (True, False)
+    ]
+    groups = [picked for picked in groups if picked]
+    # Each op checks its own; all of a device together before the first of several is called.
+    # Under torch.compile there are no addresses yet.
+    if len(groups) > 1 and not torch.compiler.is_compiling():
+        for device in devices:
+            here = [i for i, d in enumerate(dst) if d.device == device]
+            check_overlap([dst[i] for i in here], [src[i] for i in here])
+    for picked in groups:
+        whole = len(picked) == len(dst)
+        part = changes if changes is None or whole else changes.new_empty(len(picked), 3)
+        common = (
+            [] if on_device else [c for i in picked for c in table[i]],
+            [] if on_device else directions,
+            scales if on_device else None,
+            directions if on_device else None,
+            seed - (1 << 64) if seed >> 63 else seed,  # the schema's int is signed
+            [streams[i] for i in picked],
+            [offsets[i] for i in picked],
+            src_scale,
+            dithered,
+            distribution,
+            part,
+            backend or "",
+        )
+        with torch.no_grad():
+            if src[picked[0]] is dst[picked[0]]:
+                _perturb_op([dst[i] for i in picked], *common)
+            else:
+                _combine_op([dst[i] for i in picked], [src[i] for i in picked], *common)
+            if part is not None and not whole:
+                changes[picked] = part
 
 
 @torch.library.custom_op("zo_kernels::perturb_", mutates_args={"tensors", "changes"})

@@ -21,6 +21,7 @@ from zo_kernels.ops.arguments import check_lists, check_noise, rooms_of
 from zo_kernels.ops.quant_arguments import (
     check_ends,
     check_format,
+    check_scales,
     group_of,
     has_scales_of_scales,
 )
@@ -103,6 +104,13 @@ def perturb_quant(
             look = partial(
                 check_ends, names[i], dtype=src[i].dtype, scheme=scheme, symmetric=symmetric
             )
+
+            def scales_of(ends: Tensor, i: int = i) -> Tensor:
+                scales = scales_of_scales(scheme, ends)
+                if check_finite:
+                    check_scales(names[i], scales, src[i].dtype, scheme)
+                return scales
+
             room.perturb_quant(
                 out[i],
                 src[i],
@@ -110,7 +118,7 @@ def perturb_quant(
                 scheme,
                 group=groups[i],
                 symmetric=symmetric,
-                scales_of=partial(scales_of_scales, scheme) if whole else None,
+                scales_of=scales_of if whole else None,
                 look=look if check_finite else None,
                 direction=direction,
                 stream=streams[i],

@@ -51,6 +51,17 @@ def group_of(tensor: Tensor, scheme: str, group_size: int | str | None, name: st
     return size
 
 
+def check_scales(name: str, scales: Tensor, dtype: torch.dtype, scheme: str) -> None:
+    """ValueError unless the grids of scales of scales are finite: rounding may have raised them."""
+    top = torch.tensor(FORMATS[scheme].top(True))
+    width = scales.abs().max() * top
+    if not math.isfinite(width.to(dtype)):
+        raise ValueError(
+            f"{name}: expected magnitudes that {scheme} with quantised scales can scale within "
+            f"{dtype}, got a grid up to {width.item()}"
+        )
+
+
 def check_ends(
     name: str, ends: tuple[float, float], dtype: torch.dtype, scheme: str, symmetric: bool
 ) -> None:
