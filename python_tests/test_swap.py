@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import contextmanager
+from itertools import count
+
 import pytest
 import torch
 from helpers import (
@@ -14,12 +18,16 @@ from helpers import (
     assert_same_bits,
     bordered,
     interpreted,
+    runnable,
     weights,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import zo_kernels as zk
+from zo_kernels.backends import reference_updates
 from zo_kernels.noise import DISTRIBUTIONS
 from zo_kernels.ops import Held
+from zo_kernels.ops.dispatch import backend_for
 
 SEED, DIRECTION = 2**63 + 99, 2**31 - 1
 
@@ -160,3 +168,143 @@ def test_bad_arguments_leave_the_weights():
     assert torch.equal(w, perturbed)
     held.release_()
     assert torch.equal(w, before)
+
+
+@pytest.fixture
+def mixed(device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Tensors of two dtypes, one of which no mode can hold but by a copy; and what they are."""
+    generator = torch.Generator().manual_seed(2)
+    before = [
+        (0.02 * torch.randn(1100, generator=generator)).bfloat16(),
+        weights(300, torch.bfloat16),
+        0.02 * torch.randn(520, generator=generator),
+    ]
+    return [w.clone().to(device) for w in before], before
+
+
+def failing_at_the_second_call(work: Callable) -> Callable:
+    calls = count()
+
+    def swap_(*arguments, **options):
+        if next(calls) == 1:
+            raise MemoryError("none left")
+        return work(*arguments, **options)
+
+    return swap_
+
+
+@pytest.mark.parametrize("step", ["hold", "swap", "release"])
+def test_the_way_back_from_a_failure_at_the_second_dtype(backend, device, mixed, monkeypatch, step):
+    """The first dtype has its new scales then, the second its old ones, or w."""
+    tensors, before = mixed
+    room = backend_for(torch.device(device), backend)
+    work = room.swap_
+    scales, offsets = [1e-2, 2e-2, 3e-2], [0, 3, 5]
+    if step != "hold":
+        held = hold(tensors, scales, offsets, "normal", backend)
+        perturbed = [t.cpu().clone() for t in tensors]
+    monkeypatch.setattr(room, "swap_", failing_at_the_second_call(work))
+    with pytest.raises(MemoryError, match="none left"):
+        if step == "hold":
+            hold(tensors, scales, offsets, "normal", backend)
+        elif step == "swap":
+            held.swap_([-s for s in scales])
+        else:
+            held.release_()
+    monkeypatch.setattr(room, "swap_", work)
+    if step == "swap":
+        minus = plain(before, [-s for s in scales], offsets, "normal")
+        for got, want in zip(tensors, [*minus[:2], perturbed[2]], strict=True):
+            assert_same_bits(got, want)
+        held.swap_(scales)
+    if step == "release":
+        for got, want in zip(tensors, [*before[:2], perturbed[2]], strict=True):
+            assert_same_bits(got, want)
+        with pytest.raises(RuntimeError, match="expected tensors that are held, got released ones"):
+            held.swap_(scales)
+    if step != "hold":
+        held.release_()
+    for got, want in zip(tensors, before, strict=True):
+        assert_same_bits(got, want)
+
+
+def test_the_reference_puts_back_what_it_cannot_hold(monkeypatch):
+    """At the second tensor of one dtype, when the first is perturbed."""
+    before = [torch.randn(8), torch.randn(5)]
+    tensors = [w.clone() for w in before]
+    work = reference_updates.advance_
+    monkeypatch.setattr(reference_updates, "advance_", failing_at_the_second_call(work))
+    with pytest.raises(MemoryError, match="none left"):
+        hold(tensors, [1.0, 1.0], [0, 0], "normal", "reference")
+    for got, want in zip(tensors, before, strict=True):
+        assert_same_bits(got, want)
+
+
+class OutOfMemory(TorchDispatchMode):
+    """The n-th operation that allocates fails, but for those of launches."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.left, self.launching = n, False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        allocates = all(output.alias_info is None for output in function._schema.returns)
+        if allocates and not self.launching:
+            self.left -= 1
+            if self.left == 0:
+                raise MemoryError("none left")
+        return function(*args, **kwargs or {})
+
+    @contextmanager
+    def on(self, device):
+        """In place of ``launch.on``, which surrounds launches."""
+        self.launching = True
+        yield
+        self.launching = False
+
+
+@pytest.mark.parametrize("step", ["hold", "swap"])
+def test_no_allocation_of_a_gpu_pass_loses_the_way_back(step, monkeypatch):
+    """Each third fails in turn, in the interpreter, and the tensors hold what they held. One of
+    them keeps regions, one a copy, and one finds its regions too small."""
+    runnable("triton")
+    if torch.cuda.is_available():
+        pytest.skip("in the interpreter only")
+    from zo_kernels.backends.triton import held as room
+    from zo_kernels.backends.triton import launch
+
+    capacities = room._capacities
+
+    def too_small(state, exact):
+        found = capacities(state, exact)
+        found[0] = 0
+        return found
+
+    generator = torch.Generator().manual_seed(2)
+    before = [(0.02 * torch.randn(n, generator=generator)).bfloat16() for n in (100, 70)]
+    before.append(weights(40, torch.bfloat16))
+    tensors = [w.clone() for w in before]
+    scales, offsets = [1e-3, 2e-3, 3e-2], [0, 3, 5]
+    if step == "swap":
+        held = hold(tensors, scales, offsets, "normal", "triton")
+    holding = [t.clone() for t in tensors]
+    room._foreseen.clear()
+    for n in count(1, 3):
+        mode = OutOfMemory(n)
+        with monkeypatch.context() as patch, mode:
+            patch.setattr(launch, "on", mode.on)
+            patch.setattr(room, "_capacities", too_small)
+            try:
+                if step == "swap":
+                    held.swap_([-s for s in scales])
+                else:
+                    held = hold(tensors, scales, offsets, "normal", "triton")
+                break
+            except MemoryError:
+                pass
+        for got, want in zip(tensors, holding, strict=True):
+            assert_same_bits(got, want, n)
+    assert n > 20 and set(held._parts[0].store.copies) == {0, 2}
+    held.release_()
+    for got, want in zip(tensors, before, strict=True):
+        assert_same_bits(got, want)

@@ -54,7 +54,7 @@ def route(compiled, monkeypatch) -> Route:
     for module, kernel in ((swap, "swap_kernel"), (perturb, "combine_kernel")):
         monkeypatch.setattr(module, kernel, Route(getattr(module, kernel), compiled))
     monkeypatch.setattr(holding, "STEPS", STEPS)
-    monkeypatch.setattr(holding, "combine_", native.combine_)
+    monkeypatch.setattr(holding, "ready", partial(partial, native.combine_))
     monkeypatch.setattr(launch, "tile_table", partial(TILE_TABLE, steps=STEPS))
     monkeypatch.setattr(launch, "_tables", OrderedDict())  # made with other steps
     return swap.swap_kernel

@@ -166,18 +166,9 @@ def advance_(
         )
 
 
-class Store(dict):
-    """The extension's stores of held weights, one per dtype."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes kept beside the weights."""
-        return sum(store.nbytes for store in self.values())
-
-
 def swap_(
     tensors: Sequence[Tensor],
-    store: Store | None,
+    store: _C.Store | None,
     held_scales: Sequence[float] | None,
     scales: Sequence[float] | None,
     *,
@@ -190,36 +181,36 @@ def swap_(
     stochastic: bool,
     distribution: str,
     changes: Tensor | None,
-) -> Store | None:
+) -> _C.Store | None:
     """tensors = round(src_scale * w + scales[.] z), or w if scales is None; see ops/swap.py.
 
     Args:
+        tensors: of one dtype, on one device.
         store, held_scales: what an earlier call returned and the scales that it was given, if the
             tensors hold w perturbed; None if they hold w.
         keep: whether to return what gives w back; src_scale is 1 then, rounding to nearest.
+
+    After an exception the tensors hold w if there was no store; otherwise it still gives w back.
     """
-    kept = Store()
-    for dtype, members in places(tensor.dtype for tensor in tensors).items():
-        kept[dtype] = _C.swap(
-            isa=isa(),
-            dst=[tensors[i].data_ptr() for i in members],
-            numel=[tensors[i].numel() for i in members],
-            offset=[offsets[i] for i in members],
-            stream=[streams[i] for i in members],
-            direction=direction,
-            held=None if store is None else store.pop(dtype),
-            held_scale=[] if held_scales is None else [held_scales[i] for i in members],
-            scale=[] if scales is None else [scales[i] for i in members],
-            keep=keep,
-            src_scale=src_scale,
-            seed=seed,
-            dtype=DTYPE_CODES[dtype],
-            stochastic=stochastic,
-            distribution=DISTRIBUTION_CODES[distribution],
-            changes=[] if changes is None else [changes[i].data_ptr() for i in members],
-            threads=_threads(),
-        )
-    return kept if keep else None
+    return _C.swap(
+        isa=isa(),
+        dst=[tensor.data_ptr() for tensor in tensors],
+        numel=[tensor.numel() for tensor in tensors],
+        offset=offsets,
+        stream=streams,
+        direction=direction,
+        held=store,
+        held_scale=[] if held_scales is None else held_scales,
+        scale=[] if scales is None else scales,
+        keep=keep,
+        src_scale=src_scale,
+        seed=seed,
+        dtype=DTYPE_CODES[tensors[0].dtype],
+        stochastic=stochastic,
+        distribution=DISTRIBUTION_CODES[distribution],
+        changes=[] if changes is None else [row.data_ptr() for row in changes],
+        threads=_threads(),
+    )
 
 
 def fake_quant(

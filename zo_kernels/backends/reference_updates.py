@@ -167,26 +167,35 @@ def swap_(
     """tensors = round(src_scale * w + scales[.] z), or w if scales is None; see ops/swap.py.
 
     Args:
+        tensors: of one dtype, on one device.
         store, held_scales: what an earlier call returned and the scales that it was given, if the
             tensors hold w perturbed; None if they hold w.
         keep: whether to return what gives w back; src_scale is 1 then, rounding to nearest.
+
+    After an exception the tensors hold w if there was no store; otherwise it still gives w back.
     """
     copies = Store(tensor.clone() for tensor in tensors) if store is None else store
-    for i, (tensor, copy) in enumerate(zip(tensors, copies, strict=True)):
-        tensor.copy_(copy)
-        if scales is not None:
-            advance_(
-                [tensor],
-                None,
-                [[scales[i]]],
-                seed=seed,
-                directions=[direction],
-                lengths=[1],
-                src_scales=[src_scale],
-                streams=[streams[i]],
-                offsets=[offsets[i]],
-                stochastic=stochastic,
-                distribution=distribution,
-                changes=None if changes is None else changes[i : i + 1],
-            )
+    try:
+        for i, (tensor, copy) in enumerate(zip(tensors, copies, strict=True)):
+            tensor.copy_(copy)
+            if scales is not None:
+                advance_(
+                    [tensor],
+                    None,
+                    [[scales[i]]],
+                    seed=seed,
+                    directions=[direction],
+                    lengths=[1],
+                    src_scales=[src_scale],
+                    streams=[streams[i]],
+                    offsets=[offsets[i]],
+                    stochastic=stochastic,
+                    distribution=distribution,
+                    changes=None if changes is None else changes[i : i + 1],
+                )
+    except BaseException:
+        if store is None:  # the caller has no other copies
+            for tensor, copy in zip(tensors, copies, strict=True):
+                tensor.copy_(copy)
+        raise
     return copies if keep else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +20,23 @@ from zo_kernels.checks import (
     expect_tensors,
 )
 from zo_kernels.ops.arguments import check_lists, check_noise, rooms_of, stochastic
+from zo_kernels.places import places
+
+
+@dataclass
+class _Part:
+    """The tensors of one dtype on one device.
+
+    Attributes:
+        room, members: their backend and their places in the list.
+        store, scales: what gives them back, and what they are perturbed by; None once they hold
+            their own weights.
+    """
+
+    room: ModuleType
+    members: list[int]
+    store: Any = None
+    scales: list[float] | None = None
 
 
 class Held:
@@ -39,6 +58,9 @@ class Held:
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``combine_``; nothing has been written then.
+
+    Whatever a backend raises while it works (out of memory) leaves w, or the way back to it: the
+    tensors hold w after an exception on construction, and ``release_`` brings it after others.
     """
 
     @torch.no_grad()
@@ -59,21 +81,38 @@ class Held:
         self._noise: dict[str, Any] = check_noise(seed, distribution)
         self._noise["direction"] = expect_range("direction", direction, 1 << 32)
         scales = self._check_scales(scales)
-        self._rooms = rooms_of(self.tensors, backend)
+        self._parts = [
+            _Part(room, [members[i] for i in same])
+            for room, _, members in rooms_of(self.tensors, backend)
+            for same in places(self.tensors[i].dtype for i in members).values()
+        ]
         check_overlap(self.tensors, self.tensors)
-        self._stores: list[Any] | None = [None] * len(self._rooms)
-        self._scales: list[float] | None = None
-        self._pass(scales, keep=True)
+        self._released = False
+        try:
+            for part in self._parts:
+                self._pass(part, scales, keep=True)
+        except BaseException:
+            self.release_()
+            raise
 
     @property
     def nbytes(self) -> int:
         """Bytes kept beside the tensors."""
-        return sum(store.nbytes for store in self._stores or ())
+        return sum(part.store.nbytes for part in self._parts if part.store is not None)
 
     @torch.no_grad()
     def swap_(self, scales: Sequence[float]) -> None:
-        """Make the tensors hold round(w + scales * z) with the same z, in one pass."""
-        self._pass(self._check_scales(scales), keep=True)
+        """Make the tensors hold round(w + scales * z) with the same z, in one pass.
+
+        Raises:
+            TypeError, ValueError: naming the option; the tensors are as before then.
+            RuntimeError: they were released already, or some of them by a ``release_`` that failed.
+        """
+        numbers = self._check_scales(scales)
+        if self._released or any(part.store is None for part in self._parts):
+            raise RuntimeError("Held: expected tensors that are held, got released ones")
+        for part in self._parts:
+            self._pass(part, numbers, keep=True)
 
     @torch.no_grad()
     def release_(
@@ -93,6 +132,9 @@ class Held:
         Raises:
             TypeError, ValueError: naming the option; the tensors are as before then.
             RuntimeError: they were released already.
+
+        After another exception the call can be made again, without arguments, for the tensors that
+        it has not come to.
         """
         src_scale = expect_finite("src_scale", src_scale)
         dithered = stochastic(rounding)
@@ -104,8 +146,19 @@ class Held:
             )
         if changes is not None:
             check_changes(changes, self.tensors)
-        self._pass(scales, keep=False, src_scale=src_scale, stochastic=dithered, changes=changes)
-        self._stores = None
+        if self._released:
+            raise RuntimeError("Held: expected tensors that are held, got released ones")
+        for part in self._parts:
+            if part.store is not None:
+                self._pass(
+                    part,
+                    scales,
+                    keep=False,
+                    src_scale=src_scale,
+                    stochastic=dithered,
+                    changes=changes,
+                )
+        self._released = True
 
     def _check_scales(self, scales: Sequence[float]) -> list[float]:
         numbers = expect_numbers("scales", scales)
@@ -114,6 +167,7 @@ class Held:
 
     def _pass(
         self,
+        part: _Part,
         scales: list[float] | None,
         *,
         keep: bool,
@@ -121,20 +175,23 @@ class Held:
         stochastic: bool = False,
         changes: Tensor | None = None,
     ) -> None:
-        if self._stores is None:
-            raise RuntimeError("Held: expected tensors that are held, got released ones")
-        for place, (room, _, members) in enumerate(self._rooms):
-            self._stores[place] = room.swap_(
-                [self.tensors[i] for i in members],
-                self._stores[place],
-                None if self._scales is None else [self._scales[i] for i in members],
-                None if scales is None else [scales[i] for i in members],
-                keep=keep,
-                streams=[self._streams[i] for i in members],
-                offsets=[self._offsets[i] for i in members],
-                src_scale=src_scale,
-                stochastic=stochastic,
-                changes=changes,
-                **self._noise,
-            )
-        self._scales = scales
+        members = part.members
+        picked = None if scales is None else [scales[i] for i in members]
+        whole = changes is None or len(members) == len(self.tensors)
+        rows = changes if whole else changes.new_empty(len(members), 3)
+        part.store = part.room.swap_(
+            [self.tensors[i] for i in members],
+            part.store,
+            part.scales,
+            picked,
+            keep=keep,
+            streams=[self._streams[i] for i in members],
+            offsets=[self._offsets[i] for i in members],
+            src_scale=src_scale,
+            stochastic=stochastic,
+            changes=rows,
+            **self._noise,
+        )
+        part.scales = picked if keep else None
+        if not whole:
+            changes[members] = rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels.backends.triton import launch, swap
-from zo_kernels.backends.triton.combine import combine_
+from zo_kernels.backends.triton.combine import ready
 from zo_kernels.backends.triton.compile import Variant
 from zo_kernels.backends.triton.tiles import LANES, STEPS
 
@@ -40,11 +40,11 @@ class Call:
         wanted = torch.tensor([i in chosen for i in members], device=table.device)
         return wanted[launch.columns_of_tiles(table, tiles)]
 
-    def combine_(
+    def ready_combine(
         self, members: Sequence[int], copies: Sequence[Tensor], scales: Sequence[float], **options
-    ) -> None:
-        """Make tensors round(src_scale * copy + scale * z)."""
-        combine_(
+    ) -> Callable[[], None]:
+        """A call that makes tensors round(src_scale * copy + scale * z); see ``ready``."""
+        return ready(
             [self.tensors[i] for i in members],
             copies,
             [[scales[i]] for i in members],
@@ -98,7 +98,7 @@ class Regions:
         return self.data.nbytes + self.places.nbytes + self.state.nbytes
 
 
-def launch_swap(
+def ready_swap(
     call: Call,
     members: Sequence[int],
     held_scales: Sequence[float] | None,
@@ -111,15 +111,16 @@ def launch_swap(
     counts: Tensor | None = None,
     src_scale: float = 1.0,
     stochastic: bool = False,
-    changes: Tensor | None = None,
-) -> None:
-    """Launch swap_kernel over tensors of one dtype.
+    partials: Tensor | None = None,
+) -> Callable[[], None]:
+    """A launch of swap_kernel over tensors of one dtype, as a call that allocates nothing.
 
     Args:
-        old, begin: regions that give w, and the state to begin with (None: the beginning).
+        old, begin: regions that give w, and the state to begin with when it is launched (None: the
+            beginning).
         new, stopped: regions to fill, and where the states of old are left.
         counts: filled with the states that new regions would have; nothing else is written then.
-        changes: (members, 3), to which the changes are added.
+        partials: None, or filled with sums of the changes, see ``launch.sum_changes``.
     """
     table, tiles = call.table(members)
     device = table.device
@@ -130,40 +131,41 @@ def launch_swap(
     # Stands in for the regions that this pass does not have.
     none = Regions([], state.new_empty(1, dtype=torch.int8), table, state)
     source, target = old or none, new or none
-    partials = launch.partial_sums(tiles, changes is not None, device)
-    with launch.on(device):
-        swap.swap_kernel[(tiles,)](
-            table,
-            launch.in_one_copy([torch.tensor(rows, dtype=torch.float32)], device)[0],
-            source.data,
-            source.places,
-            state if begin is None else begin.contiguous(),
-            source.state,
-            target.data,
-            target.places,
-            target.state if counts is None else counts,
-            state if stopped is None else stopped,
-            partials,
-            table.shape[1],
-            launch.signed(call.direction),
-            launch.signed(call.seed & 0xFFFFFFFF),
-            launch.signed(call.seed >> 32),
-            float(src_scale),
-            **_constants(
-                call.tensors[members[0]].dtype,
-                rademacher=call.distribution == "rademacher",
-                stochastic=stochastic,
-                scale_src=src_scale != 1.0,
-                decode=old is not None,
-                perturb=scales is not None,
-                encode=new is not None or counts is not None,
-                count=counts is not None,
-                changes=changes is not None,
-            ),
-            **launch.options(device),
-        )
-    if changes is not None:
-        launch.sum_changes(partials, table, changes)
+    arguments = (
+        table,
+        launch.in_one_copy([torch.tensor(rows, dtype=torch.float32)], device)[0],
+        source.data,
+        source.places,
+        state if begin is None else begin,
+        source.state,
+        target.data,
+        target.places,
+        target.state if counts is None else counts,
+        state if stopped is None else stopped,
+        launch.partial_sums(tiles, False, device) if partials is None else partials,
+        table.shape[1],
+        launch.signed(call.direction),
+        launch.signed(call.seed & 0xFFFFFFFF),
+        launch.signed(call.seed >> 32),
+        float(src_scale),
+    )
+    constants = _constants(
+        call.tensors[members[0]].dtype,
+        rademacher=call.distribution == "rademacher",
+        stochastic=stochastic,
+        scale_src=src_scale != 1.0,
+        decode=old is not None,
+        perturb=scales is not None,
+        encode=new is not None or counts is not None,
+        count=counts is not None,
+        changes=partials is not None,
+    )
+
+    def run() -> None:
+        with launch.on(device):
+            swap.swap_kernel[(tiles,)](*arguments, **constants, **launch.options(device))
+
+    return run
 
 
 def _constants(dtype: torch.dtype, **options: bool) -> dict[str, object]:
