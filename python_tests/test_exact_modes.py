@@ -14,6 +14,7 @@ from helpers import DTYPES, NAMES, assert_same_bits, weights
 from tiny_models import bits, closure_of, same_bits, tiny_model
 
 import zo_kernels as zk
+from zo_kernels import ops
 from zo_kernels.backends import native
 from zo_kernels.modes import MODES, uninterrupted
 from zo_kernels.noise import stream_id
@@ -182,6 +183,27 @@ def test_an_exception_at_any_evaluation(mode, bad_call, error):
     assert optimizer.steps == 0 and type(error).__name__ in optimizer.last_step.skipped
     optimizer.step(loss)
     assert not same_bits(model, before) and not left_behind()
+
+
+@pytest.mark.parametrize("mode", ["snapshot", "master"])
+def test_memory_that_ends_while_weights_are_perturbed(mode, monkeypatch):
+    """As where tensors of a second dtype or device come to it."""
+    model = tiny_model("llama", torch.bfloat16)
+    before = bits(model)
+    optimizer = zk.ZOSGD(model.named_parameters(), lr=1e-2, eps=1e-1, mode=mode)
+    original = ops.combine_
+
+    def combine_(dst, src, scales, *, streams, **options):
+        original(dst[:2], src[:2], scales[:2], streams=streams[:2], **options)
+        assert not same_bits(model, before)
+        raise MemoryError("none left")
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError, match="none left"):
+        patch.setattr(ops, "combine_", combine_)
+        optimizer.step(closure_of(model))
+    assert same_bits(model, before) and optimizer.steps == 0
+    optimizer.step(closure_of(model))
+    assert optimizer.steps == 1 and not same_bits(model, before)
 
 
 @pytest.mark.parametrize("mode", EXACT)

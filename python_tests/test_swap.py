@@ -24,6 +24,7 @@ from helpers import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zo_kernels as zk
+from zo_kernels.backends import reference_updates
 from zo_kernels.noise import DISTRIBUTIONS
 from zo_kernels.ops import Held
 from zo_kernels.ops.dispatch import backend_for
@@ -223,6 +224,18 @@ def test_the_way_back_from_a_failure_at_the_second_dtype(backend, device, mixed,
             held.swap_(scales)
     if step != "hold":
         held.release_()
+    for got, want in zip(tensors, before, strict=True):
+        assert_same_bits(got, want)
+
+
+def test_the_reference_puts_back_what_it_cannot_hold(monkeypatch):
+    """At the second tensor of one dtype, when the first is perturbed."""
+    before = [torch.randn(8), torch.randn(5)]
+    tensors = [w.clone() for w in before]
+    work = reference_updates.advance_
+    monkeypatch.setattr(reference_updates, "advance_", failing_at_the_second_call(work))
+    with pytest.raises(MemoryError, match="none left"):
+        hold(tensors, [1.0, 1.0], [0, 0], "normal", "reference")
     for got, want in zip(tensors, before, strict=True):
         assert_same_bits(got, want)
 

@@ -153,7 +153,11 @@ class Copies:
         self._mode, self._direction, self._sources = mode, direction, list(sources)
         self._tensors = [slot.tensor.detach() for slot in slots]
         self._streams = [slot.stream for slot in slots]
-        self.swap_(scales)
+        try:
+            self.swap_(scales)
+        except BaseException:
+            self.release_()  # nobody else knows of this holder yet
+            raise
 
     def swap_(self, scales: Sequence[float]) -> None:
         """See ``Holder``."""
