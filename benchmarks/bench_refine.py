@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,10 @@ def test_focused_step(benchmark, request, report, rounds, directory, dtype, laye
         "two partial forwards, int4": _partial_forwards(
             model, batches, first, view=zk.quantized(model, "int4")
         ),
-        **{f"ZO {mode}": partial(refiner(mode=mode).run, data) for mode in modes},
-        f"ZO {modes[0]}, int4": partial(refiner(mode=modes[0], quantized="int4").run, data),
+        **{f"ZO {mode}": _step(refiner(mode=mode), batches) for mode in modes},
+        f"ZO {modes[0]}, int4": _step(
+            refiner(mode=modes[0]), batches, view=zk.quantized(model, "int4")
+        ),
     }
     times = interleave(cases, rounds(few(dtype, 9)))
     ratios = {}
@@ -138,6 +141,19 @@ def _forwards(objective: Objective) -> Callable[[], None]:
     def run() -> None:
         objective()
         objective()
+
+    return run
+
+
+def _step(refiner: zk.ZORefiner, batches: Any, view: Any = None) -> Callable[[], None]:
+    """The step of a refinement, which ``run`` takes on other batches each time."""
+    first = first_block(refiner.model, list(refiner.parameters))
+    prefix = PrefixCache(refiner.model, record=first - 1) if first else None
+    objective = Objective(refiner.model, batches, prefix=prefix, view=view)
+
+    def run() -> None:
+        with prefix or nullcontext():
+            refiner.optimizer.step(objective)
 
     return run
 
@@ -198,8 +214,8 @@ def test_time_beside_first_order(benchmark, report, rounds, directory, dtype):
         config = zk.AlignConfig(optimizer=case.removeprefix("align-"), lr=LR)
         cases[case] = partial(FirstOrder(trained, config).step, 0, batches, LR)
     for name, layers in (("focused", FOCUSED[0]), ("full", None)):
-        config = zk.RefineConfig(steps=1, batch_size=len(data), lr=LR, layers=layers)
-        cases[name] = partial(zk.ZORefiner(model, tokenizer, config).run, data)
+        refiner = zk.ZORefiner(model, tokenizer, zk.RefineConfig(lr=LR, layers=layers))
+        cases[name] = _step(refiner, batches)
     times = interleave(cases, rounds(few(dtype, 9)))
     counts = {name: PAPER_STEPS["first" if name in FIRST_ORDER else "zeroth"] for name in cases}
     rows = {f"{counts[name]} steps, {name}": counts[name] * s for name, s in medians(times).items()}
