@@ -185,6 +185,10 @@ def test_checkpoint_errors(tmp_path):
     path = checkpoint.save(tiny_model("llama"), tiny_tokenizer(), tmp_path / "m")
     with pytest.raises(ValueError, match="dtype: expected auto or one of"):
         checkpoint.load(path, dtype="int8")
+    with pytest.raises(ValueError, match=r"device: expected a GPU out of the \d+ .*, got cuda:99"):
+        checkpoint.load(path, device="cuda:99")
+    with pytest.raises(ValueError, match="device: expected a torch device, got 'gpu'"):
+        checkpoint.load(path, device="gpu")
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):

@@ -62,6 +62,7 @@ def test_refusals(files, tmp_path, capsys):
             ["replay", "--base", root, "--log", root / "run.zolog", *out],
             "with model.safetensors or",
         ),
+        (["replay", *base, "--device", "cuda:99"], "device: expected a GPU out of the"),
         (["log", "info", root / "base" / "config.json"], "expected a log of zo_kernels"),
     ):
         assert run(*arguments) == 1

@@ -235,8 +235,13 @@ def test_configurations_made_by_hand_are_checked_too():
             {"score": ScoreConfig(max_length=6, selected=1)},
             r"score: example 0: expected a prompt of 1 to 5 tokens",
         ),
+        (
+            "zo_robust",
+            {"device": "cuda:99"},
+            r"device: expected a GPU out of the \d+ that torch sees",
+        ),
     ],
-    ids=["selected", "layers", "parameters", "groups", "prompts"],
+    ids=["selected", "layers", "parameters", "groups", "prompts", "device"],
 )
 def test_what_the_model_cannot_do_is_refused_before_anything(arm, changes, message, tmp_path):
     config = small_config(write_files(tmp_path), arm, **changes)

@@ -36,6 +36,21 @@ def expect_int(name: str, value: object) -> int:
     return value
 
 
+def expect_device(name: str, value: torch.device | str) -> torch.device:
+    """A device, which torch sees if it is a GPU of CUDA; ValueError otherwise."""
+    try:
+        device = torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"{name}: expected a torch device, got {value!r} ({error})") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ValueError(
+                f"{name}: expected a GPU out of the {count} that torch sees, got {value}"
+            )
+    return device
+
+
 def expect_range(name: str, value: object, limit: int) -> int:
     """An int in [0, limit), limit a power of two; TypeError or ValueError otherwise."""
     number = expect_int(name, value)

@@ -13,7 +13,7 @@ import gc
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from zo_kernels import chat
+from zo_kernels.checks import expect_device
 from zo_kernels.files import write_file
 from zo_kernels.pipeline.arms import (
     BACKWARD,
@@ -107,11 +108,11 @@ class Study:
         if any(arm.blocks == "robust" for arm in config.arms if arm.kind == "zo"):
             self.scores = self._score()
         self._control()
-        failed: dict[str, list[str]] = {}
+        failed: dict[str, str] = {}  # by arm, the first reason
         for seed in config.seeds:
             for arm in self._in_order():
                 if arm.like in failed:
-                    failed.setdefault(arm.name, []).append(f"it is like {arm.like}")
+                    failed.setdefault(arm.name, f"it is like {arm.like}")
                     continue
                 try:
                     self._arm(arm, seed)
@@ -119,10 +120,10 @@ class Study:
                     if config.equal == "seconds" and arm == self._first():
                         raise  # others have its time
                     self.say(str(error))
-                    failed.setdefault(arm.name, []).append(str(error))
+                    failed.setdefault(arm.name, str(error))
         return self._report(failed)
 
-    def _report(self, failed: Mapping[str, Sequence[str]]) -> dict[str, Path]:
+    def _report(self, failed: Mapping[str, str]) -> dict[str, Path]:
         """The report on the arms that could be trained with every seed; its files.
 
         Raises:
@@ -135,7 +136,7 @@ class Study:
             reported = replace(config, arms=left)
             files = write_study_report(self.folder, reported, self.scores, self.base.name)
         if failed:
-            told = "; ".join(reasons[0] for reasons in failed.values())
+            told = "; ".join(failed.values())
             about = f"the report in {self.folder.path} is without" if left else "no report without"
             raise ArmError(f"{about} {', '.join(failed)}: {told}")
         return files
@@ -143,6 +144,7 @@ class Study:
     def _check(self) -> None:
         """What stages would refuse later is refused before anything is trained."""
         config = self.config
+        expect_device("device", config.device)
         model = checkpoint.skeleton(self.base)
         config.check_model(model)
         tokenizer = checkpoint.load_tokenizer(self.base)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from zo_kernels import replay
+from zo_kernels.checks import expect_device
 from zo_kernels.files import replace_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,11 +58,12 @@ def load(
 
     Raises:
         FileNotFoundError: the directory has no config.json.
-        ValueError: an unknown dtype, or a tokenizer without an end token.
+        ValueError: an unknown dtype, a device that is not there, or a tokenizer without an end
+            token.
     """
     from transformers import AutoModelForCausalLM
 
-    path = expect(directory)
+    path, device = expect(directory), expect_device("device", device)
     if dtype == "auto":
         dtype = fast_dtype(device)
     elif isinstance(dtype, str):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from zo_kernels.checks import expect_device
 from zo_kernels.noise import canonical_name
 from zo_kernels.progress import Progress
 from zo_kernels.replay.apply import CHUNK, Replica, chunks, expect_base
@@ -54,7 +55,8 @@ class Walk:
         self.marks = [mark for mark in log.marks if mark.steps <= stop]
         self.counts = sorted({stop, *(mark.steps for mark in self.marks)})
         self.digests: dict[int, dict[str, bytes]] = {count: {} for count in self.counts}
-        self._backend, self._device, self._chunk = backend, device, chunk
+        self._backend, self._chunk = backend, chunk
+        self._device = expect_device("device", device)
         #: (group, member, parameter, tensor of the directory) of all that is logged.
         self.places = [
             (group, member, parameter, folder.find(parameter))

@@ -87,7 +87,7 @@ def swap_(
                 perturb()
                 kept.copies |= store.copies
         if members:
-            _hold(call, members, held_scales, scales, old, kept, undo)
+            _Hold(call, held_scales, scales, kept, undo).by_regions(members, old)
         undo.pop_all()
     return kept
 
@@ -128,106 +128,109 @@ def _release(
         changes[members] = part
 
 
-def _hold(
-    call: Call,
-    members: list[int],
-    held_scales: Sequence[float] | None,
-    scales: Sequence[float],
-    old: Regions | None,
-    kept: Store,
-    undo: ExitStack,
-) -> None:
-    """Perturb tensors, and add what gives them back to ``kept``; and to ``undo``, how they were."""
-    table, tiles = call.table(members)
-    sizes = [abs(scales[i]) for i in members], call.distribution
-    before, capacities, totals = _foreseen.get(table, (None, None, None))
-    if before != sizes:
-        counts = table.new_empty(3, tiles, dtype=torch.int32)
-        ready_swap(call, members, held_scales, scales, old=old, counts=counts)()
-        capacities = _capacities(counts, exact=True)
-        totals = _totals(table, tiles, capacities, counts)
-        later = _capacities(counts, exact=False)
-        _foreseen[table] = sizes, later, _totals(table, tiles, later, counts)
-    if crowded := _crowded(call, members, totals):
-        _hold_copies(call, crowded, held_scales, scales, old, kept, undo)
-        rest = [i for i in members if i not in crowded]
+@dataclass(frozen=True)
+class _Hold:
+    """A pass that perturbs tensors.
+
+    Attributes:
+        call: what its launches have in common.
+        held_scales: by which the tensors are perturbed already; None if they hold w.
+        scales: by which they will be.
+        kept: gets what gives w back.
+        undo: gets what makes the tensors hold what they held.
+    """
+
+    call: Call
+    held_scales: Sequence[float] | None
+    scales: Sequence[float]
+    kept: Store
+    undo: ExitStack
+
+    def by_regions(self, members: list[int], old: Regions | None) -> None:
+        """Perturb tensors; those that need too much are copied."""
+        call, held_scales, scales = self.call, self.held_scales, self.scales
+        table, tiles = call.table(members)
+        sizes = [abs(scales[i]) for i in members], call.distribution
+        before, capacities, totals = _foreseen.get(table, (None, None, None))
+        if before != sizes:
+            counts = table.new_empty(3, tiles, dtype=torch.int32)
+            ready_swap(call, members, held_scales, scales, old=old, counts=counts)()
+            capacities = _capacities(counts, exact=True)
+            totals = _totals(table, tiles, capacities, counts)
+            later = _capacities(counts, exact=False)
+            _foreseen[table] = sizes, later, _totals(table, tiles, later, counts)
+        if crowded := _crowded(call, members, totals):
+            self.by_copies(crowded, old)
+            rest = [i for i in members if i not in crowded]
+            if rest:
+                _foresee_rest(call, members, rest, scales, capacities, totals)
+                old = None if old is None else old.only(call, rest)[0]
+                self.by_regions(rest, old)
+            return
+        begin = capacities.cumsum(0) - capacities
+        size = sum(total for total, _ in totals)
+        # States of no step done: until a launch has left its own, the way back is the old ones'.
+        new = Regions(
+            members,
+            torch.empty(size, dtype=torch.int8, device=table.device),
+            torch.stack([begin, capacities]),
+            table.new_zeros(3, tiles, dtype=torch.int32),
+        )
+        stopped = torch.zeros_like(new.state)
+        perturb = ready_swap(call, members, held_scales, scales, old=old, new=new, stopped=stopped)
+        # What was not done is w, or had from the old regions; what was done, from the new ones.
+        back = [ready_swap(call, members, scales, None, old=new)]
+        if old is not None:
+            tensors = [call.tensors[i] for i in members]
+            back.append(ready_swap(call, members, held_scales, None, old=old, begin=stopped))
+            back.append(call.ready_combine(members, tensors, held_scales))
+        for step in reversed(back):
+            self.undo.callback(step)
+        perturb()
+        capacities = _capacities(new.state, exact=False)
+        short = (new.state[swap.AT] != WHOLE_TILE).long()
+        totals = _totals(table, tiles, capacities, new.state, short)
+        _foreseen[table] = sizes, capacities, [row[:2] for row in totals]
+        short = [i for i, row in zip(members, totals, strict=True) if row[2]]
+        if not short:
+            self.kept.regions = new
+            return
+        part, _ = new.only(call, short)
+        steps = [ready_swap(call, short, scales, None, old=part)]
+        if old is not None:
+            part, mask = old.only(call, short)
+            begin = stopped[:, mask]
+            steps.append(ready_swap(call, short, held_scales, None, old=part, begin=begin))
+        copies = [torch.empty_like(call.tensors[i]) for i in short]
+        perturb = call.ready_combine(short, copies, scales)
+        rest = [i for i in members if i not in short]
         if rest:
-            _foresee_rest(call, members, rest, scales, capacities, totals)
-            old = None if old is None else old.only(call, rest)[0]
-            _hold(call, rest, held_scales, scales, old, kept, undo)
-        return
-    begin = capacities.cumsum(0) - capacities
-    size = sum(total for total, _ in totals)
-    # States of no step done: until a launch has left its own, the way back is that of the old ones.
-    new = Regions(
-        members,
-        torch.empty(size, dtype=torch.int8, device=table.device),
-        torch.stack([begin, capacities]),
-        table.new_zeros(3, tiles, dtype=torch.int32),
-    )
-    stopped = torch.zeros_like(new.state)
-    perturb = ready_swap(call, members, held_scales, scales, old=old, new=new, stopped=stopped)
-    # What was not done is w, or had from the old regions; what was done, from the new ones.
-    back = [ready_swap(call, members, scales, None, old=new)]
-    if old is not None:
-        tensors = [call.tensors[i] for i in members]
-        back.append(ready_swap(call, members, held_scales, None, old=old, begin=stopped))
-        back.append(call.ready_combine(members, tensors, held_scales))
-    for step in reversed(back):
-        undo.callback(step)
-    perturb()
-    capacities = _capacities(new.state, exact=False)
-    short = (new.state[swap.AT] != WHOLE_TILE).long()
-    totals = _totals(table, tiles, capacities, new.state, short)
-    _foreseen[table] = sizes, capacities, [row[:2] for row in totals]
-    short = [i for i, row in zip(members, totals, strict=True) if row[2]]
-    if not short:
-        kept.regions = new
-        return
-    part, _ = new.only(call, short)
-    steps = [ready_swap(call, short, scales, None, old=part)]
-    if old is not None:
-        part, mask = old.only(call, short)
-        begin = stopped[:, mask]
-        steps.append(ready_swap(call, short, held_scales, None, old=part, begin=begin))
-    copies = [torch.empty_like(call.tensors[i]) for i in short]
-    perturb = call.ready_combine(short, copies, scales)
-    rest = [i for i in members if i not in short]
-    if rest:
-        _foresee_rest(call, members, rest, scales, capacities, [row[:2] for row in totals])
-        kept.regions = new.only(call, rest)[0].compact()
-    kept.copies |= dict(zip(short, copies, strict=True))
-    # Nothing allocates from here on, and undo is of no use any more.
-    for step in steps:
-        step()
-    _copy(call, short, copies)
-    perturb()
+            _foresee_rest(call, members, rest, scales, capacities, [row[:2] for row in totals])
+            self.kept.regions = new.only(call, rest)[0].compact()
+        self.kept.copies |= dict(zip(short, copies, strict=True))
+        # Nothing allocates from here on, and undo is of no use any more.
+        for step in steps:
+            step()
+        _copy(call, short, copies)
+        perturb()
 
-
-def _hold_copies(
-    call: Call,
-    members: list[int],
-    held_scales: Sequence[float] | None,
-    scales: Sequence[float],
-    old: Regions | None,
-    kept: Store,
-    undo: ExitStack,
-) -> None:
-    """``_hold`` by copies."""
-    copies = [torch.empty_like(call.tensors[i]) for i in members]
-    perturb = call.ready_combine(members, copies, scales)
-    if old is None:
-        _copy(call, members, copies)
-        undo.callback(_put_back, call, members, copies)
-    else:
-        part, _ = old.only(call, members)
-        give_back = ready_swap(call, members, held_scales, None, old=part)
-        again = call.ready_combine(members, copies, held_scales)
-        give_back()
-        _copy(call, members, copies)
-        undo.callback(again)
-    perturb()
-    kept.copies |= dict(zip(members, copies, strict=True))
+    def by_copies(self, members: list[int], old: Regions | None) -> None:
+        """Perturb tensors, of which copies are kept."""
+        call, scales = self.call, self.scales
+        copies = [torch.empty_like(call.tensors[i]) for i in members]
+        perturb = call.ready_combine(members, copies, scales)
+        if old is None:
+            _copy(call, members, copies)
+            self.undo.callback(_put_back, call, members, copies)
+        else:
+            part, _ = old.only(call, members)
+            give_back = ready_swap(call, members, self.held_scales, None, old=part)
+            again = call.ready_combine(members, copies, self.held_scales)
+            give_back()
+            _copy(call, members, copies)
+            self.undo.callback(again)
+        perturb()
+        self.kept.copies |= dict(zip(members, copies, strict=True))
 
 
 def _copy(call: Call, members: Sequence[int], copies: Sequence[Tensor]) -> None:
