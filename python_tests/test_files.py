@@ -7,9 +7,14 @@ import os
 import stat
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from tiny_models import tiny_model, tiny_tokenizer
 
 from zo_kernels.files import changed_settings, check_writable, replace_folder, write_file
-from zo_kernels.refine.records import read_records, write_records
+from zo_kernels.refine import checkpoint
+from zo_kernels.refine.alignment_state import write_state
+from zo_kernels.refine.records import MetricsLog, read_records, write_records
 
 
 @pytest.mark.parametrize("data", ["short\n\u00e9", b"\x00\xff"], ids=["text", "bytes"])
@@ -125,3 +130,57 @@ def test_settings_that_have_changed():
     assert changed_settings(before, {"a": 1, "layers": (1, 2), "seconds": 5}, ("seconds",)) == []
     now = {"seconds": 5, "new": None, "layers": (2,), "other": 0}
     assert changed_settings(before, now) == ["layers", "other", "seconds"]
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch):
+    """By each writer of what a run leaves, however its library tells it; what was there stays."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    folder = checkpoint.save(model, tokenizer, tmp_path / "model")
+    state, table = tmp_path / "run.state", tmp_path / "table.json"
+    before = checkpoint.fingerprint(model)
+    write_state(state, {}, [], {})
+    write_file(table, "old")
+    kept = state.read_bytes()
+
+    def fail(*arguments):
+        raise FULL
+
+    def torch_tells(*arguments):
+        try:
+            fail()
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")
+
+    def safetensors_tells(*arguments):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match=r"No space left on device: '.*table\.json'"):
+            write_file(table, "new")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", torch_tells)
+        with pytest.raises(OSError, match=r"run\.state: expected a state .* No space left"):
+            write_state(state, {}, [], {})
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "save_pretrained", safetensors_tells)
+        with pytest.raises(OSError, match=r"model: expected room for the model's weights: .*space"):
+            checkpoint.save(model, tokenizer, folder)
+    assert table.read_text() == "old" and state.read_bytes() == kept
+    assert checkpoint.fingerprint(checkpoint.load(folder, dtype="float32")[0]) == before
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "run.state", "table.json"}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_records_name_their_file_on_a_full_disk(tmp_path):
+    log = MetricsLog(tmp_path / "run.jsonl")
+    with open("/dev/full", "a") as full:
+        log._file, own = full, log._file
+        with pytest.raises(OSError, match=r"No space left on device: '.*run\.jsonl'"):
+            log.write({"loss": 1.0})
+        own.close()
+        with pytest.raises(OSError, match="No space left"):
+            full.close()

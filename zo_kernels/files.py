@@ -33,6 +33,17 @@ def write_file(path: str | os.PathLike[str], data: str | bytes) -> None:
 
 
 @contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let an OSError that names no file, such as a full disk's, name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+@contextmanager
 def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """``write_file`` for what is written piece by piece: the file has the name when the block ends.
 
@@ -42,7 +53,7 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     target, work = _places(path)
     stream = work.open("xb")
     try:
-        with stream:
+        with naming(target), stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

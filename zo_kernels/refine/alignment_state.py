@@ -71,7 +71,11 @@ def write_state(
         "first_order": first_order,
     }
     with replace_file(path) as stream:
-        torch.save(content, stream)
+        try:
+            torch.save(content, stream)
+        except RuntimeError as error:  # torch's writer says where it stopped, not why
+            why = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise OSError(f"{path}: expected a state that can be written, got: {why}") from error
 
 
 def read_state(

@@ -15,7 +15,7 @@ from torch import nn
 
 from zo_kernels import replay
 from zo_kernels.checks import expect_device
-from zo_kernels.files import replace_folder
+from zo_kernels.files import naming, replace_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -153,9 +153,15 @@ def save(model: Any, tokenizer: Any, directory: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileExistsError: the directory exists and is not an earlier checkpoint.
+        OSError: it cannot be written; what was there is as it was.
     """
-    with _quiet(), replace_folder(directory) as work:
-        model.save_pretrained(work)
+    from safetensors import SafetensorError
+
+    with _quiet(), replace_folder(directory) as work, naming(directory):
+        try:
+            model.save_pretrained(work)
+        except SafetensorError as error:  # how a full disk comes up
+            raise OSError(f"{directory}: expected room for the model's weights: {error}") from error
         tokenizer.save_pretrained(work)
     return Path(directory)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from zo_kernels.files import write_file
+from zo_kernels.files import naming, write_file
 from zo_kernels.replay import read_log
 
 _LOSSES = {"loss", "losses_plus", "losses_minus", "clean_loss", "held_out_loss"}
@@ -36,8 +36,9 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; NaN and infinities become null, which is JSON."""
-        self._file.write(_line(record))
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(_line(record))
+            self._file.flush()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -48,7 +49,8 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        with naming(self.path):
+            self._file.close()
 
 
 def write_records(path: str | os.PathLike[str], records: Sequence[dict[str, Any]]) -> None:
