@@ -51,6 +51,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_files(tmp_path_factory.mktemp("files"))
 
 
+def model_options(files: Path) -> list[str | Path]:
+    """What commands are told of them."""
+    return ["--model", files / "base", "--data", files / "data.jsonl", "--dtype", "float32"]
+
+
 def tiny_config(root: Path) -> StudyConfig:
     """configs/tiny.yaml on these files."""
     files = {"model": "base", "data": "data.jsonl", "text": "text.txt"}
@@ -140,3 +145,17 @@ def stopped(place: Any, name: str, count: int, where: str = "") -> Iterator[None
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(place, name, stop)
         yield
+
+
+def stop_at(original: Callable[..., None], where: str, count: int = 2) -> Callable[..., None]:
+    """MetricsLog.write that is interrupted at the line of this number of a file."""
+    seen = []
+
+    def stop(log: Any, record: Any) -> None:
+        if log.path.as_posix().endswith(where):
+            seen.append(record)
+            if len(seen) == count:
+                raise KeyboardInterrupt
+        original(log, record)
+
+    return stop
