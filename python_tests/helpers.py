@@ -1,7 +1,8 @@
-"""Shared by the tests: comparing bits, hard weights, an independent Philox in plain integers."""
+"""Shared by the tests: comparing bits, hard weights, an independent Philox, the command line."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 import zo_kernels as zk
+from zo_kernels import cli
 from zo_kernels.ops import backend_reasons
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -130,3 +132,13 @@ def rounding_bits(words: Tensor) -> Tensor:
     """The 16 rounding bits of each element, from the words of whole blocks (int64, 4 n)."""
     low = (words & 0xFF).view(-1, 2)
     return torch.stack([low[:, 0] << 8 | low[:, 1], low[:, 1] << 8 | low[:, 0]], 1).flatten()
+
+
+def run(*arguments: object) -> int:
+    """The exit status of a command."""
+    return cli.main([str(a) for a in arguments])
+
+
+def left_behind() -> list[threading.Thread]:
+    """Threads of the mode "dual" that still run."""
+    return [thread for thread in threading.enumerate() if thread.name == "zo_kernels-dual"]

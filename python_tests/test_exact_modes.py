@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import math
-import signal
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
-from helpers import DTYPES, NAMES, assert_same_bits, weights
+from helpers import DTYPES, NAMES, assert_same_bits, left_behind, weights
 from tiny_models import bits, closure_of, same_bits, tiny_model
 
 import zo_kernels as zk
 from zo_kernels import ops
-from zo_kernels.backends import native
-from zo_kernels.modes import MODES, uninterrupted
+from zo_kernels.modes import MODES
 from zo_kernels.noise import stream_id
 from zo_kernels.replay.header import ARITHMETICS
 
 EXACT = sorted(name for name, mode in MODES.items() if mode.exact)
 ALIKE = sorted(name for name in EXACT if ARITHMETICS[name] == "stochastic")
-
-
-def left_behind() -> list[threading.Thread]:
-    """Threads of the mode "dual" that still run."""
-    return [thread for thread in threading.enumerate() if thread.name == "zo_kernels-dual"]
 
 
 def test_every_mode_but_mezo_is_exact_and_can_be_replayed():
@@ -268,89 +259,6 @@ def test_the_update_follows_the_z_that_was_applied(mode):
     assert torch.equal(w.detach(), torch.tensor(scale, dtype=torch.float32) * z)
 
 
-def test_dual_draws_two_normals_per_weight(monkeypatch):
-    """One for the pair, which reads each weight once, and one for the update; streamed draws 3."""
-    drawn = {}
-    for mode in ("streamed", "dual"):
-        counted = []
-        for name in ("combine_", "pair_"):
-            original = getattr(native, name)
-
-            def spy(dst, *arguments, _call=original, _counted=counted, **options):
-                _counted.append(sum(tensor.numel() for tensor in dst))
-                return _call(dst, *arguments, **options)
-
-            monkeypatch.setattr(native, name, spy)
-        model = tiny_model("llama")
-        names = [(n, p) for n, p in model.named_parameters() if "embed" not in n]
-        optimizer = zk.ZOSGD(names, lr=1e-3, eps=1e-2, mode=mode)
-        closure = closure_of(model)
-        optimizer.step(closure)
-        monkeypatch.undo()
-        drawn[mode] = sum(counted) / sum(p.numel() for _, p in names)
-    assert drawn == {"streamed": 3.0, "dual": 2.0}
-
-
-@pytest.mark.parametrize("name", ["mixtral", "gpt2", "opt", "qwen2"])
-def test_dual_has_the_losses_of_streamed(name):
-    """Also where the two evaluations choose different experts."""
-    losses = {}
-    for mode in ("streamed", "dual"):
-        model = tiny_model(name)
-        optimizer = zk.ZOSGD(model.named_parameters(), lr=1e-3, eps=0.3, mode=mode)
-        closure = closure_of(model)
-        losses[mode] = []
-        for _ in range(3):
-            optimizer.step(closure)
-            losses[mode] += optimizer.last_step.losses_plus + optimizer.last_step.losses_minus
-    assert losses["dual"] == losses["streamed"]
-
-
-def test_dual_computes_under_the_callers_autocast():
-    losses = {}
-    for mode in ("streamed", "dual"):
-        model = tiny_model("llama")
-        optimizer = zk.ZOSGD(model.named_parameters(), lr=0.0, eps=1e-2, mode=mode)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            losses[mode] = optimizer.step(closure_of(model))
-    assert losses["dual"] == losses["streamed"]
-
-
-def test_dual_makes_tensors_on_the_callers_default_device():
-    """Of both evaluations, for the length of a ``with`` too."""
-    w, seen = torch.nn.Parameter(torch.zeros(4)), []
-    optimizer = zk.ZOSGD([("w", w)], lr=0.0, mode="dual", diagnostics=False)
-
-    def closure():
-        seen.append(torch.empty(1).device.type)
-        return (w * 1.0).sum()
-
-    with torch.device("meta"):
-        optimizer.step(closure)
-    optimizer.step(closure)
-    assert seen == ["meta", "meta", "cpu", "cpu"]
-
-
-def test_an_interrupt_ends_both_sides_of_dual(ctrl_c):
-    """Ctrl-C while the main thread only waits for the other side."""
-    model = tiny_model("llama")
-    before = bits(model)
-    optimizer = zk.ZOSGD(model.named_parameters(), lr=1.0, eps=1e-2, mode="dual")
-    loss, calls = closure_of(model), []
-
-    def closure():
-        result = loss()
-        if threading.current_thread() is not threading.main_thread():
-            signal.raise_signal(signal.SIGINT)  # its handler runs in the main thread
-            loss()
-        calls.append(0)
-        return result
-
-    with pytest.raises(KeyboardInterrupt):
-        optimizer.step(closure)
-    assert not left_behind() and same_bits(model, before) and optimizer.steps == 0
-
-
 def test_inplace_weights_stay_where_they_are():
     model = tiny_model("llama", torch.bfloat16)
     addresses = [p.data_ptr() for p in model.parameters()]
@@ -363,54 +271,6 @@ def test_inplace_weights_stay_where_they_are():
 
     optimizer.step(spy)
     assert seen == {tuple(addresses)}
-
-
-def test_interrupts_wait_for_the_end_of_a_pass(ctrl_c):
-    done = []
-    with pytest.raises(KeyboardInterrupt):
-        with uninterrupted():
-            signal.raise_signal(signal.SIGINT)
-            done.append("the rest of the block")
-    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_an_interrupt_is_not_lost_with_the_block(ctrl_c):
-    """The handler is called where the block fails, and the exception of the block goes with it."""
-    with pytest.raises(KeyboardInterrupt) as caught, uninterrupted():
-        signal.raise_signal(signal.SIGINT)
-        raise ValueError("of the block")
-    assert isinstance(caught.value.__context__, ValueError)
-    calls = []
-    signal.signal(signal.SIGINT, lambda *arguments: calls.append(arguments[0]))
-    with pytest.raises(ValueError, match="of the block"), uninterrupted():
-        signal.raise_signal(signal.SIGINT)
-        raise ValueError("of the block")
-    assert calls == [signal.SIGINT]
-
-
-def test_an_interrupt_ends_a_process_that_it_would_have_ended():
-    """With the system's own handling, after the block."""
-    code = (
-        "import signal\n"
-        "from zo_kernels.modes import uninterrupted\n"
-        "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
-        "with uninterrupted():\n"
-        "    signal.raise_signal(signal.SIGINT)\n"
-        "    print('the rest of the block', flush=True)\n"
-        "print('and more', flush=True)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (-signal.SIGINT, "the rest of the block\n")
-
-
-def test_a_handler_that_python_did_not_set_is_left_alone(monkeypatch):
-    """getsignal has None for it, which nobody can set again."""
-    monkeypatch.setattr(signal, "getsignal", lambda number: None)
-    monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("a handler was set"))
-    done = []
-    with uninterrupted():
-        done.append("the block")
-    assert done
 
 
 @pytest.mark.parametrize("mode", ["inplace", "snapshot", "master"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -56,39 +54,6 @@ def test_what_noisy_weights_read_as(dtype: torch.dtype, kind: str) -> None:
         assert torch.equal(during[name], expected.view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_noise_in_place(dtype: torch.dtype) -> None:
-    """The same weights, where they are, also to what does not go through torch functions."""
-    model, ids = tiny_llama(dtype), torch.arange(12).view(1, 12)
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight[0, :9] = -0.0
-    before = bits(model)
-    with torch.no_grad():
-        with zk.perturbed(model, sigma=0.5, seed=1, draw=2):
-            noisy, read_as = model(ids).logits, read(model)
-        with zk.perturbed(model, sigma=0.5, seed=1, draw=2, in_place=True) as stds:
-            assert len(stds) == 14 and same_bits(bits(model), read_as)
-            assert torch.equal(model(ids).logits, noisy)
-            with zk.quantized(model, "int4"):
-                coarse = read(model)
-        assert same_bits(before, bits(model))
-        with zk.perturbed(model, sigma=0.5, seed=1, draw=2), zk.quantized(model, "int4"):
-            assert same_bits(coarse, read(model))
-    with (
-        pytest.raises(KeyboardInterrupt),
-        zk.perturbed(model, sigma=0.5, seed=1, in_place=True),
-    ):
-        raise KeyboardInterrupt
-    assert same_bits(before, bits(model))
-    with (
-        pytest.raises(RuntimeError, match="in_place: expected False within another"),
-        zk.quantized(model, "int4"),
-        zk.perturbed(model, sigma=0.5, seed=1, in_place=True),
-    ):
-        pass
-    assert same_bits(before, bits(model))
-
-
 @pytest.mark.parametrize(
     "scheme, options",
     [
@@ -114,63 +79,6 @@ def test_what_quantised_weights_read_as(scheme, options) -> None:
                 expected = (rounded.t() if flip else rounded).contiguous()
                 assert not torch.equal(during[name], before[name])
             assert torch.equal(during[name], expected.contiguous().view(torch.uint8)), name
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_quantised_in_place(dtype: torch.dtype) -> None:
-    """The same weights, where they are; as before after the block, whatever ends it."""
-    for model in (tiny_llama(dtype), tiny_gpt2().to(dtype)):
-        ids, before = torch.arange(12).view(1, 12), bits(model)
-        with torch.no_grad():
-            with zk.quantized(model, "int4", group_size=16):
-                coarse, read_as = model(ids).logits, read(model)
-            with zk.quantized(model, "int4", group_size=16, in_place=True) as names:
-                assert names == list(linear_weights(model))
-                assert same_bits(bits(model), read_as)
-                assert torch.equal(model(ids).logits, coarse)
-            assert same_bits(before, bits(model))
-        with pytest.raises(KeyboardInterrupt), zk.quantized(model, "int4", in_place=True):
-            raise KeyboardInterrupt
-        assert same_bits(before, bits(model))
-    model = tiny_llama()
-    with (
-        pytest.raises(RuntimeError, match="in_place: expected False within another"),
-        zk.perturbed(model, sigma=0.5, seed=1),
-        zk.quantized(model, "int4", in_place=True),
-    ):
-        pass
-    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
-    before = bits(model)
-    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj"):
-        zk.quantized(model, "int4", in_place=True).__enter__()
-    assert same_bits(before, bits(model))
-
-
-@pytest.mark.parametrize("noisy", [False, True], ids=["quantized", "perturbed"])
-def test_in_place_in_one_thread_at_a_time(noisy) -> None:
-    """A block of another thread is refused, and the weights come back; one thread may nest them."""
-    model, ids = tiny_llama(), torch.arange(12).view(1, 12)
-    view = zk.quantized(model, "int4", in_place=True)
-
-    def context():
-        return zk.perturbed(model, sigma=0.5, seed=1, in_place=True) if noisy else view
-
-    def changed() -> dict[str, torch.Tensor]:
-        with context():
-            return bits(model)
-
-    before, expected = bits(model), changed()
-    with ThreadPoolExecutor(1) as other:
-        with context():
-            with pytest.raises(RuntimeError, match="in_place: expected no block of another thread"):
-                other.submit(changed).result()
-            assert same_bits(bits(model), expected)
-            with torch.no_grad(), view, context():
-                model(ids)
-            assert same_bits(bits(model), expected)
-        assert same_bits(bits(model), before)
-        assert same_bits(other.submit(changed).result(), expected)
-    assert same_bits(bits(model), before)
 
 
 def test_nested() -> None:
@@ -241,104 +149,6 @@ def test_exceptions_end_the_context() -> None:
         assert same_bits(before, read(model)) and same_bits(before, bits(model))
     with zk.perturbed(model, sigma=0.1, seed=1):  # and the next one works
         assert not same_bits(before, read(model))
-
-
-def test_training_goes_on_outside() -> None:
-    model, ids = tiny_llama(), torch.arange(12).view(1, 12)
-    with torch.inference_mode(), zk.perturbed(model, sigma=0.1, seed=1):
-        model(input_ids=ids)
-    model(input_ids=ids, labels=ids).loss.backward()
-    assert all(torch.isfinite(p.grad).all() for p in linear_weights(model).values())
-
-
-@pytest.mark.parametrize("noise", [False, True])
-@pytest.mark.parametrize("rounding", [False, True])
-def test_a_backward_pass_through_a_changed_copy_is_refused(noise, rounding) -> None:
-    """Within the block and after it; forwards go on, and in_place gives the gradients."""
-    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
-    x = torch.linspace(-1.0, 1.0, 32).view(4, 8).requires_grad_()
-
-    def views(**options) -> ExitStack:
-        stack, options = ExitStack(), {"parameters": "*.weight", **options}
-        if noise:
-            stack.enter_context(zk.perturbed(model, sigma=0.5, seed=0, **options))
-        if rounding:
-            stack.enter_context(zk.quantized(model, "int4", **options))
-        return stack
-
-    with views(in_place=True):
-        expected = model(x)
-        (gradient,) = torch.autograd.grad(expected.square().sum(), x)
-    if not (noise or rounding):
-        assert torch.equal(torch.autograd.grad(model(x).square().sum(), x)[0], gradient)
-        return
-    message = r"'0\.weight': expected no gradient .* torch\.no_grad\(\), .* in_place=True"
-    with views():
-        losses = [model[:1](x).sum(), model[:1](x).sum()]
-        with pytest.raises(RuntimeError, match=message):
-            losses[0].backward()
-        found = model(x)
-        assert torch.equal(found, expected)
-    with pytest.raises(RuntimeError, match=message):
-        losses[1].backward()
-    with pytest.raises(RuntimeError, match=r"'2\.weight': expected no gradient"):
-        found.square().sum().backward()
-    assert x.grad is None
-    with torch.no_grad(), views():
-        assert torch.equal(model(x), expected)
-
-
-def test_a_backward_pass_over_an_end_of_a_block_in_place_is_refused() -> None:
-    """Of what was computed before it too; torch says that the weights were modified."""
-    model, x = nn.Linear(4, 4), torch.linspace(-1.0, 1.0, 8).view(2, 4).requires_grad_()
-    options, message = {"parameters": "weight", "in_place": True}, "modified by an inplace op"
-    for context in (
-        lambda: zk.perturbed(model, sigma=0.5, seed=0, **options),
-        lambda: zk.quantized(model, "int2", **options),
-    ):
-        outside = model(x).sum()
-        with context():
-            with pytest.raises(RuntimeError, match=message):
-                outside.backward()
-            inside = model(x).sum()
-            with context():
-                pass
-            with pytest.raises(RuntimeError, match=message):
-                inside.backward()
-            inside = model(x).sum()
-            inside.backward(retain_graph=True)
-        with pytest.raises(RuntimeError, match=message):
-            inside.backward()
-
-
-@pytest.mark.parametrize("mode", ["streamed", "dual", "inplace"])
-def test_a_step_through_the_quantizer(mode) -> None:
-    """Contexts within the closure see the perturbed weights; around a streamed step is refused."""
-    model, ids = tiny_llama(), torch.arange(12).view(1, 12)
-
-    def loss():
-        with torch.no_grad(), zk.quantized(model, "int4"):
-            return model(input_ids=ids, labels=ids).loss
-
-    optimizer = zk.ZOSGD(model.named_parameters(), lr=0.0, eps=0.05, seed=3, mode=mode)
-    optimizer.step(loss)
-    record = optimizer.last_step
-    found = []
-    streams = model_streams(model)
-    original = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for sign in (1.0, -1.0):
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(original[name])
-                zk.perturb_([p], sign * 0.05, seed=3, direction=0, streams=[streams[name]])
-        found.append(float(loss()))
-    assert [record.losses_plus[0], record.losses_minus[0]] == found
-    if mode != "inplace":
-        with (
-            pytest.raises(RuntimeError, match="expected a step outside of zk"),
-            zk.quantized(model, "int4"),
-        ):
-            optimizer.step(loss)
 
 
 def test_selection() -> None:

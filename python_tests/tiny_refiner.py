@@ -1,14 +1,24 @@
-"""Refiners of tiny models, and what their runs left, to compare."""
+"""Refiners of tiny models, the losses of these, and what runs left, to compare."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import EXAMPLES, tiny_model, tiny_tokenizer
 
+from zo_kernels import chat
 from zo_kernels.refine.config import RefineConfig
+from zo_kernels.refine.objective import Objective, fixed_batches
 from zo_kernels.refine.refiner import ZORefiner
 from zo_kernels.replay import read_log
+
+HELD_OUT = EXAMPLES[1:3]
+
+
+def loss_of(model, examples=EXAMPLES, size=4):
+    """The loss over all of the examples, in batches of this size."""
+    encoded = chat.encode(tiny_tokenizer(), examples)
+    return Objective(model, fixed_batches(model, tiny_tokenizer(), encoded, size))
 
 
 def refiner(model=None, **options):

@@ -1,8 +1,13 @@
-"""A tiny model with data and text for studies, and what stops one in the middle."""
+"""A tiny model with data and text for studies, and what stops one in the middle.
+
+A test file takes the fixtures that it needs, by ``root = tiny_study.root``; ``no_report`` then acts
+on all of its tests.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +24,8 @@ from zo_kernels.pipeline.study_file import read_study
 from zo_kernels.refine import checkpoint
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+#: The arms of ``finished``.
+NAMES = ("zo_robust", "more_fo", "walk_robust")
 ROWS = [
     ("how do i open a door", "turn the key and push it", "harmless"),
     ("tell me a story", "a good day about sun", "benign"),
@@ -36,6 +43,17 @@ def write_files(root: Path, layers: int = 2) -> Path:
     (root / "data.jsonl").write_text("\n".join(lines) + "\n")
     (root / "text.txt").write_text("how do i open a door and tell me a story about cat " * 4)
     return root
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, data and text."""
+    return write_files(tmp_path_factory.mktemp("files"))
+
+
+def model_options(files: Path) -> list[str | Path]:
+    """What commands are told of them."""
+    return ["--model", files / "base", "--data", files / "data.jsonl", "--dtype", "float32"]
 
 
 def tiny_config(root: Path) -> StudyConfig:
@@ -61,6 +79,33 @@ def run(config: StudyConfig, out: Path) -> Path:
     """Run a study in silence; its folder."""
     Study(config, out, lambda line: None).run()
     return out
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_report() -> Iterator[None]:
+    """For tests of something else: reports take longer than the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zo_kernels.pipeline.study_report.write_report", lambda *_, **__: {})
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(root: Path) -> tuple[StudyConfig, Path]:
+    """A study that nobody stopped: its configuration and its folder."""
+    config = small_config(root, *NAMES)
+    return config, run(config, root / "finished")
+
+
+@pytest.fixture
+def copy(finished: tuple[StudyConfig, Path], tmp_path: Path) -> tuple[StudyConfig, Path]:
+    """The same to go on with."""
+    config, out = finished
+    return config, shutil.copytree(out, tmp_path / "copy")
+
+
+def evaluated(out: Path) -> bytes:
+    """The records of a study's evaluation as they are written."""
+    return (out / "evaluation.jsonl").read_bytes()
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -100,3 +145,17 @@ def stopped(place: Any, name: str, count: int, where: str = "") -> Iterator[None
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(place, name, stop)
         yield
+
+
+def stop_at(original: Callable[..., None], where: str, count: int = 2) -> Callable[..., None]:
+    """MetricsLog.write that is interrupted at the line of this number of a file."""
+    seen = []
+
+    def stop(log: Any, record: Any) -> None:
+        if log.path.as_posix().endswith(where):
+            seen.append(record)
+            if len(seen) == count:
+                raise KeyboardInterrupt
+        original(log, record)
+
+    return stop
